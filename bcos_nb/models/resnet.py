@@ -43,7 +43,7 @@ class BasicBlock(nn.Module):
         return self.activation(out + (x if self.downsample is None else self.downsample(x)))
 
 # %% ../../nbs/models/resnet.ipynb #39d0c302
-STEMS = {"imagenet": (7, True), "fine": (5, False)}  # window, and whether pooling follows
+STEMS = {"imagenet": (7, True, 1), "fine": (5, False, 2)}  # window, whether pooling follows, stride of the first stage
 
 
 class ResNet(Detector):
@@ -60,6 +60,7 @@ class ResNet(Detector):
         logit_bias: float | None = None,
         logit_temperature: float | None = None,  # None: 0.5 for B-cos, none for ordinary
         stem: str = "imagenet",  # one of `STEMS`
+        last_stride: int = 2,    # of the last stage
         max_out: int = 2,        # filters a unit in the B-cos form
         zero_mean: float = 0.5,  # share of the B-cos stem's filters that have zero mean
     ):
@@ -71,15 +72,17 @@ class ResNet(Detector):
         conv = partial(BcosConv2d, b=b, max_out=max_out) if is_bcos else partial(nn.Conv2d, bias=False)
         make = partial(make_norm, norm, bias=norm_bias) if is_bcos else nn.BatchNorm2d
         activation = nn.Identity if is_bcos else partial(nn.ReLU, inplace=True)
-        window, pooled = STEMS[stem]
+        window, pooled, first_stride = STEMS[stem]
         channels = max(8, round(64 * width))
         self.conv1 = conv(6 if is_bcos else 3, channels, window, 2, window // 2, **dict(zero_mean=zero_mean) if is_bcos else {})
         self.bn1, self.activation = make(channels), activation()
         self.pool = (nn.AvgPool2d if is_bcos else nn.MaxPool2d)(3, 2, 1) if pooled else nn.Identity()
-        for stage, count in enumerate(blocks):
-            out = max(8, round(64 * width)) * 2**stage
-            layers = [BasicBlock(channels if i == 0 else out, out, 2 if stage and i == 0 else 1, conv, make, activation) for i in range(count)]
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
+        strides = (first_stride, 2, 2, last_stride)
+        for stage, (count, stride) in enumerate(zip(blocks, strides), 1):
+            out = channels if stage == 1 else 2 * channels
+            layers = [BasicBlock(channels, out, stride, conv, make, activation)]
+            layers += [BasicBlock(out, out, 1, conv, make, activation) for _ in range(count - 1)]
+            setattr(self, f"layer{stage}", nn.Sequential(*layers))
             channels = out
         self.fc = BcosConv2d(channels, 2, b=b) if is_bcos else nn.Linear(channels, 2)
         for module in self.modules():
