@@ -1,0 +1,32 @@
+"""One interface, every explainer behind it."""
+
+from bcos_nb.explainers.attribution import (
+    EXPLAINERS,
+    Attribution,
+    Explainer,
+    Question,
+    check_explainers,
+    explain,
+    explain_many,
+    register_explainer,
+    usable_explainers,
+)
+from bcos_nb.explainers.bcos import alpha_maps, colour_images
+from bcos_nb.explainers.cam import CAMS
+from bcos_nb.explainers.baselines import mean_mask  # after the explainers that it is the control of
+
+__all__ = [
+    "CAMS",
+    "EXPLAINERS",
+    "Attribution",
+    "Explainer",
+    "Question",
+    "alpha_maps",
+    "check_explainers",
+    "colour_images",
+    "explain",
+    "explain_many",
+    "mean_mask",
+    "register_explainer",
+    "usable_explainers",
+]
