@@ -6,7 +6,7 @@
 __all__ = ['READABLE', 'IN_GRID', 'PENDING', 'plain', 'flush_to_disk', 'write_json', 'params_hash', 'run_name', 'RunBusy',
            'process_began', 'read_json', 'is_stale', 'in_a_row', 'lock_run', 'unlock_run', 'busy_message',
            'is_complete', 'belongs_to_grid', 'workplace', 'start_run', 'finish_run', 'publish_run', 'report_progress',
-           'read_progress', 'find_path']
+           'read_progress', 'find_path', 'find_training']
 
 # %% ../../nbs/batch/runs.ipynb #9e29a0a6
 import hashlib
@@ -295,3 +295,21 @@ def find_path(
             return (folder / path).resolve()
     places = "there" if path.is_absolute() else f"in {here} and the folders above it"
     raise FileNotFoundError(f"The {what} {path} does not exist (looked {places}). {remedy}".strip())
+
+
+def find_training(
+    detector: str | os.PathLike,       # folder of a complete training; empty: the newest one below runs/
+    run_dir: str | os.PathLike | None, # folder of the run that asks; `detector` may be relative to it
+) -> Path:                             # absolute
+    """The training that an evaluation builds on. Raises FileNotFoundError or RuntimeError that say what to do."""
+    remedy = "Train one first: bcos-nb run demo, or nbs/experiments/train.ipynb."
+    if not detector:
+        complete = sorted((workplace() / "runs").glob("*/train/*/metrics.json"), key=lambda file: file.stat().st_mtime)
+        if not complete:
+            raise FileNotFoundError(f"No complete training lies below {workplace() / 'runs'}. {remedy}")
+        return complete[-1].parent
+    beside = Path(run_dir or ".") / detector
+    folder = beside.resolve() if beside.is_dir() else find_path(detector, "training", remedy)
+    if not is_complete(folder):
+        raise RuntimeError(f"The training {folder} is not complete: it has no metrics.json. Finish it first; started again, it goes on where it was.")
+    return folder
