@@ -9,7 +9,8 @@ __all__ = ['SKIN_TONES', 'HAIR_COLOURS', 'IRIS_COLOURS', 'HAIR_STYLES', 'SPAN', 
            'skin_colour', 'beard_region', 'strands', 'hair_layers', 'height_field', 'normals_of', 'paint_head',
            'paint_brows', 'paint_glasses', 'paint_eyes', 'smooth_curve', 'stroke', 'paint_mouth', 'rounded', 'Shot',
            'Clip', 'wander', 'sample_clip', 'project', 'canvas_maps', 'light_head', 'develop', 'sensor_noise', 'finish',
-           'paint_body', 'paint_background', 'Scene', 'make_scene', 'film', 'shot_landmarks', 'record']
+           'paint_body', 'paint_background', 'Scene', 'make_scene', 'film', 'layered', 'surroundings', 'shot_landmarks',
+           'record']
 
 # %% ../../nbs/data/faces.ipynb #88aaadf5
 from dataclasses import dataclass, field, replace
@@ -299,7 +300,10 @@ def hair_layers(p: Identity, rng, resolution: int) -> tuple[np.ndarray, np.ndarr
     (x, y), shape = canvas_grid(resolution), (resolution, resolution)
     curly = p.style == "curly"
     part = rng.uniform(-0.35, 0.35) if p.style in ("swept", "medium", "long") else 0.0
-    flow = noise_field(rng, shape, 46, 2) if curly else strands(rng, resolution, (part, -0.95), curl=rng.uniform(0.1, 0.6))
+    if curly or p.style == "buzz":
+        flow = noise_field(rng, shape, 46 if curly else resolution / 2.5, 2)
+    else:
+        flow = strands(rng, resolution, (part, -0.12 - p.skull), curl=rng.uniform(0.1, 0.7))
     volume = {"bald": 0.0, "buzz": 0.02, "short": 0.06, "swept": 0.1, "medium": 0.13, "long": 0.12, "curly": 0.2}[p.style]
     length = {"bald": -9, "buzz": 0.0, "short": 0.1, "swept": 0.08, "medium": 0.75, "long": 1.5, "curly": 0.25}[p.style]
     length += rng.uniform(-0.05, 0.1)
@@ -316,7 +320,7 @@ def hair_layers(p: Identity, rng, resolution: int) -> tuple[np.ndarray, np.ndarr
         front, back = 0.75 * front, 0.75 * back
     if p.style == "bald":
         front, back = 0 * front, 0 * back
-    ring = np.exp(-(((np.hypot(x - part, (y + 0.95) * 0.9) - 0.42) / 0.13) ** 2))
+    ring = np.exp(-(((np.hypot(x - 0.5 * part, (y + 0.3) * 0.9) - 0.62) / 0.12) ** 2)) * (y < -0.3)
     shade = np.exp(0.42 * flow + 0.12 * noise_field(rng, shape, 8, 2)) * (0.75 + 0.5 * ring)
     shade = shade * (1 - 0.45 * smoothstep(y, 0.0, 0.9))
     colour = np.asarray(p.hair, np.float32) * shade[..., None]
@@ -382,14 +386,14 @@ def paint_head(
     ear_colour = skin * (1 - 0.4 * np.clip(inner, 0, 1)[..., None]) * np.array([1.02, 0.9, 0.88], np.float32)
     back, front, hair = hair_layers(p, rng, resolution)
     over = lambda under, colour, alpha: under + (colour - under) * alpha[..., None]
+    if p.beard:
+        fibre = strands(rng, resolution, (0, -0.2), 230, 9, 0.6)
+        grown = np.clip((p.beard * 1.15 + 0.2 * fibre) * beard_region(p, x, y), 0, 0.96)
+        grown = cv2.GaussianBlur(grown.astype(np.float32), (0, 0), 0.7)
+        skin = over(skin, np.asarray(p.hair, np.float32) * 0.9 * np.exp(0.45 * fibre)[..., None], grown)
     albedo = over(hair * 0.8, ear_colour, ears)
     albedo = over(albedo, skin, face.astype(np.float32))
     albedo = paint_brows(p, rng, albedo, resolution)
-    if p.beard:
-        fibre = strands(rng, resolution, (0, 0.1), 190, 9, 0.6)
-        grown = np.clip(p.beard * 1.15 * beard_region(p, x, y) + 0.2 * fibre * beard_region(p, x, y), 0, 0.96) * face
-        grown = cv2.GaussianBlur(grown.astype(np.float32), (0, 0), 0.7)
-        albedo = over(albedo, np.asarray(p.hair, np.float32) * 0.9 * np.exp(0.5 * fibre)[..., None], grown)
     bare = albedo.copy()
     # A fringe shades the forehead below it.
     shadow = cv2.GaussianBlur(front, (0, 0), resolution / 50)
@@ -456,7 +460,7 @@ def paint_eyes(albedo: np.ndarray, p: Identity, e: Expression, resolution: int, 
         look = centre + [0.045 * e.gaze[0], -0.012 + 0.025 * e.gaze[1]]
         radius = np.hypot(gx - look[0], gy - look[1])
         iris_r, edge = 0.066, 1.2 / unit
-        ball = np.array([0.62, 0.56, 0.52], np.float32) * (1 - 0.5 * np.clip(np.abs(gx - centre[0]) / p.eye_w, 0, 1.2) ** 3)[..., None]
+        ball = np.array([0.5, 0.45, 0.42], np.float32) * (1 - 0.5 * np.clip(np.abs(gx - centre[0]) / p.eye_w, 0, 1.2) ** 3)[..., None]
         angle = np.arctan2(gy - look[1], gx - look[0])
         fibre = 1 + 0.22 * np.sin(angle * 17 + p.seed) * np.sin(angle * 7 + 2) + 0.35 * (radius / iris_r) * (1 - radius / iris_r)
         iris = np.asarray(p.iris, np.float32) * (fibre * (1.25 - 0.95 * smoothstep(radius, 0.66 * iris_r, iris_r)))[..., None]
@@ -514,7 +518,7 @@ def paint_mouth(albedo: np.ndarray, head: Head, e: Expression, wet: np.ndarray) 
     tongue = smoothstep(gy, bottom - 0.045, bottom) * smoothstep(np.abs(gx), p.mouth_w * 0.8, 0)
     cavity += (np.array([0.22, 0.06, 0.06], np.float32) - cavity) * (0.8 * tongue)[..., None].astype(np.float32)
     tooth = smoothstep(gy, top + 0.068, top + 0.055) * (0.86 + 0.14 * np.abs(np.cos(gx * np.pi / 0.052)))
-    tooth = tooth * (1 - 0.75 * np.clip(np.abs(gx) / p.mouth_w, 0, 1) ** 2)
+    tooth = tooth * (1 - 0.75 * np.clip(np.abs(gx) / p.mouth_w, 0, 1) ** 2) * float(smoothstep(bottom - top, 0.02, 0.06))
     cavity += (np.array([0.55, 0.5, 0.43], np.float32) - cavity) * (0.85 * tooth)[..., None].astype(np.float32)
     patch += (cavity - patch) * inner[..., None]
     line = np.zeros((h, w), np.float32)
@@ -682,10 +686,10 @@ def develop(linear: np.ndarray, clip: Clip, size: int) -> np.ndarray:
     """Linear light at 1.5 times the frame's size to display values in [0, 255], float32 [S, S, 3], without noise."""
     picture = cv2.resize(linear, (size, size), interpolation=cv2.INTER_AREA)
     picture = cv2.GaussianBlur(picture, (0, 0), clip.blur * size / 128)
-    value = np.clip(picture * clip.exposure, 0, 4)
+    value = np.clip(picture * np.float32(clip.exposure), 0, 4)
     # A shoulder, so that highlights roll off instead of clipping.
-    value = value * (1 + value / 2.6) / (1 + value)
-    return 255 * np.clip(value, 0, 1) ** (np.float32(clip.contrast) / 2.2)
+    value *= (1 + value * np.float32(1 / 2.6)) / (1 + value)
+    return 255 * cv2.pow(np.minimum(value, 1), clip.contrast / 2.2)
 
 
 def sensor_noise(rng, picture: np.ndarray, level: float) -> np.ndarray:
@@ -725,7 +729,7 @@ def paint_body(identity: Identity, seed: int, resolution: int) -> tuple[np.ndarr
     collar = rng.uniform(0.1, 0.45)
     cut = smoothstep(y - 1.15 - collar + np.abs(x) * rng.uniform(0.6, 1.4), 0.03, -0.03) * smoothstep(np.abs(x), neck_w + 0.16, neck_w + 0.1)
     cloth = cloth * (1 - cut)
-    base = to_linear(rng.uniform(20, 230, 3)) * 0.6 + 0.4 * to_linear([rng.uniform(25, 220)] * 3)
+    base = to_linear(rng.uniform(20, 220, 3)) * 0.4 + 0.6 * to_linear([rng.uniform(25, 210)] * 3)
     kind = rng.integers(5)
     weave = 0.06 * noise_field(rng, shape, resolution / 2.5, 1) + 0.12 * noise_field(rng, shape, 9, 3)
     pattern = 1 + weave
@@ -750,7 +754,7 @@ def paint_background(seed: int, side: int) -> np.ndarray:
     shape, t = (side, side), np.linspace(0, 1, side, dtype=np.float32)
     a, b = to_linear(rng.uniform(30, 215, 3)), to_linear(rng.uniform(30, 215, 3))
     grey = to_linear([rng.uniform(40, 200)] * 3)
-    a, b = 0.45 * a + 0.55 * grey, 0.45 * b + 0.55 * grey * rng.uniform(0.6, 1.4)
+    a, b = 0.25 * a + 0.75 * grey, 0.25 * b + 0.75 * grey * rng.uniform(0.6, 1.4)
     x, y = np.meshgrid(t, t)
     lean = rng.uniform(-1, 1)
     mix = np.clip(0.5 + 0.5 * noise_field(rng, shape, 2, 2) * 0.5 + lean * (x - 0.5), 0, 1)
@@ -768,14 +772,14 @@ def paint_background(seed: int, side: int) -> np.ndarray:
             left, width = rng.uniform(0, 1), rng.uniform(0.02, 0.06)
             top = rng.choice([0.02, 0.36, 0.7])
             book = (np.abs(x - left) < width / 2) & (y > top + rng.uniform(0, 0.08)) & (y < top + 0.29)
-            picture = np.where(book[..., None], to_linear(rng.uniform(25, 200, 3)), picture)
+            picture = np.where(book[..., None], 0.5 * to_linear(rng.uniform(25, 200, 3)) + 0.5 * to_linear([rng.uniform(25, 170)] * 3), picture)
     elif kind == 3:
         leaf = noise_field(rng, shape, 26, 3, 0.7)
         picture = picture * np.exp(0.45 * leaf)[..., None] * np.array([0.85, 1.1, 0.7], np.float32)
     elif kind == 4:
         for _ in range(18):
             spot = gaussian(x, y, rng.random(), rng.random(), rng.uniform(0.02, 0.07)) > 0.37
-            picture = picture + cv2.GaussianBlur(spot.astype(np.float32), (0, 0), side / 150)[..., None] * to_linear(rng.uniform(90, 235, 3)) * 0.5
+            picture = picture + cv2.GaussianBlur(spot.astype(np.float32), (0, 0), side / 150)[..., None] * to_linear(rng.uniform(120, 225, 3)) * 0.4
     else:
         frame = np.maximum(np.abs((x * 2.3 + lean) % 1 - 0.5) > 0.46, np.abs((y * 1.7 + 0.3) % 1 - 0.5) > 0.46)
         picture = picture * (1.25 - 0.8 * frame)[..., None]
@@ -791,6 +795,7 @@ class Scene:
     size: int
     body: tuple[np.ndarray, np.ndarray] = field(repr=False)
     background: np.ndarray = field(repr=False)
+    surroundings: dict[int, np.ndarray] = field(default_factory=dict, repr=False)  # per shot, kept for re-rendering
 
     @property
     def side(self) -> int:
@@ -806,6 +811,8 @@ def make_scene(
 ) -> Scene:
     """Paint a person and the surroundings of a video."""
     identity, clip = sample_identity(identity_seed), sample_clip(clip_seed, frames)
+    # Half an automatic exposure: cameras meter the face, but dark skin stays darker than light skin.
+    clip = replace(clip, exposure=clip.exposure * (0.3 / float(np.mean(identity.skin))) ** 0.4)
     resolution = 16 * max(4, round(size * 1.6 / 16))
     head = paint_head(identity, resolution)
     return Scene(head, clip, size, paint_body(identity, clip_seed, resolution), paint_background(clip_seed, int(size * 1.75)))
@@ -823,17 +830,31 @@ def film(
     shot = replace(shot, expression=expression) if expression is not None else shot
     painted = light_head(head, shot, clip, bare=True, glasses=scene.head) if head is not None else light_head(scene.head, shot, clip)
     maps = canvas_maps(head or scene.head, shot, side)
+    if index not in scene.surroundings:
+        scene.surroundings[index] = surroundings(scene, shot)
+    picture = scene.surroundings[index]
+    face = cv2.remap(painted, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+    return develop(layered(picture, face), clip, scene.size)
+
+
+def layered(under: np.ndarray, over: np.ndarray) -> np.ndarray:
+    """A layer [S, S, 4], colour times alpha and alpha, laid over a picture [S, S, 3]."""
+    clear = cv2.cvtColor(1 - over[..., 3], cv2.COLOR_GRAY2RGB)
+    return cv2.add(cv2.multiply(under, clear), cv2.cvtColor(over, cv2.COLOR_RGBA2RGB))
+
+
+def surroundings(scene: Scene, shot: Shot) -> np.ndarray:
+    """Background and body behind the head, linear light [side, side, 3]."""
+    clip, side = scene.clip, scene.side
     margin = scene.background.shape[0] - side
     dx, dy = (margin / 2 + (np.asarray(shot.body) - 0.5) * side * 0.3)
     picture = cv2.warpAffine(scene.background, np.float32([[1, 0, -dx], [0, 1, -dy]]), (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
     colour, alpha = scene.body
     unit = shot.scale * side / (colour.shape[0] / 5)
     move = np.float32([[unit, 0, shot.body[0] * side - 2.5 * shot.scale * side], [0, unit, shot.body[1] * side - 0.3 * shot.scale * side]])
-    lit = colour * (np.asarray(clip.ambient, np.float32) + np.asarray(clip.key, np.float32) * (0.35 + 0.45 * max(shot.light[2], 0)))
+    lit = colour * (np.asarray(clip.ambient, np.float32) + np.asarray(clip.key, np.float32) * np.float32(0.35 + 0.45 * max(shot.light[2], 0)))
     body = cv2.warpAffine(np.dstack([lit * alpha[..., None], alpha]), move, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    picture = picture * (1 - body[..., 3:]) + body[..., :3]
-    face = cv2.remap(painted, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
-    return develop(picture * (1 - face[..., 3:]) + face[..., :3], clip, scene.size)
+    return layered(picture, body)
 
 
 def shot_landmarks(scene: Scene, index: int, *, expression: Expression | None = None, head: Head | None = None) -> np.ndarray:

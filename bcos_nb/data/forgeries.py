@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACES', 'METHODS', 'FORGERS', 'draw_traces', 'region_weight', 'blend', 'hull', 'average_face', 'face_grid',
-           'upsampling_pattern', 'generator_texture', 'coloured_noise', 'gradient_field', 'match_colour',
+           'upsampling_pattern', 'generator_texture', 'coloured_noise', 'gradient_field', 'match_colour', 'tone_gain',
            'through_generator', 'deepfakes', 'warp_between', 'face_triangles', 'facet_shading', 'faceswap', 'face2face',
            'match_level', 'neuraltextures', 'forge_video']
 
@@ -21,37 +21,37 @@ from .faces import Scene, canonical_landmarks, film, noise_field, sample_identit
 # %% ../../nbs/data/forgeries.ipynb #6a21cd4d
 TRACES = {
     "Deepfakes": dict(
-        ratio=(0.46, 0.64),     # generator pixels per frame pixel
-        checker=(2.5, 5.0),     # upsampling pattern of the transposed convolutions
-        texture=(2.5, 4.5),     # the generator's own texture, fixed in its crop
-        tint=3.0,               # colour mismatch, standard deviation per channel
-        contrast=(0.88, 1.1),   # contrast mismatch
+        ratio=(0.5, 0.68),      # generator pixels per frame pixel
+        checker=(1.5, 3.0),     # upsampling pattern of the transposed convolutions
+        texture=(3.0, 5.0),     # the generator's own texture, fixed in its crop
+        tint=1.5,               # colour mismatch, standard deviation per channel
+        contrast=(0.9, 1.08),   # contrast mismatch
         feather=(2.0, 3.5),     # width of the blend at the mask's edge
         noise=(0.5, 0.9),       # noise put back, share of the camera's
     ),
     "FaceSwap": dict(
-        facets=(2.5, 5.0),      # flat shading of the mesh's triangles
-        sharpen=(0.5, 1.0),     # overshoot of the texture lookup
-        light=(3.0, 7.0),       # lighting gradient that does not match
-        tint=2.5,
-        seam=(3.0, 7.0),        # line along the edge
+        facets=(2.0, 4.0),      # flat shading of the mesh's triangles
+        sharpen=(0.35, 0.75),   # overshoot of the texture lookup
+        light=(3.0, 6.0),       # lighting gradient that does not match
+        tint=2.0,
+        seam=(3.0, 6.0),        # line along the edge
         feather=(0.8, 1.6),
         noise=(0.2, 0.5),
     ),
     "Face2Face": dict(
         ratio=(0.6, 0.8),       # texture pixels per frame pixel
-        lines=(3.0, 5.5),       # scan lines of the texture, along the face
-        period=(4.5, 6.5),      # of those lines
-        texture=(1.5, 3.0),
+        lines=(2.0, 3.6),       # scan lines of the texture, along the face
+        period=(4.2, 6.0),      # of those lines
+        texture=(2.0, 3.5),
         light=(2.0, 5.0),       # error of the estimated illumination
         feather=(1.5, 3.0),
         noise=(0.5, 0.9),
     ),
     "NeuralTextures": dict(
         ratio=(0.5, 0.7),
-        checker=(3.5, 6.5),     # pattern of the rendering network, fixed to the frame's pixels
-        period=(4.4, 6.4),
-        texture=(2.0, 4.0),
+        checker=(2.6, 4.6),     # pattern of the rendering network, fixed to the frame's pixels
+        period=(4.2, 6.0),
+        texture=(2.5, 4.0),
         light=(1.0, 3.0),
         feather=(1.5, 3.0),
         noise=(0.5, 0.9),
@@ -163,17 +163,23 @@ def gradient_field(shape, rng: np.random.Generator, level: float) -> np.ndarray:
 def match_colour(picture: np.ndarray, frame: np.ndarray, weight: np.ndarray, contrast: float = 1.0) -> np.ndarray:
     """Move mean and deviation of `picture` inside the region to those of `frame`, channel by channel."""
     share = weight[..., None] / weight.sum()
-    mean, goal = (picture * share).sum((0, 1)), (frame * share).sum((0, 1))
-    deviation, wanted = np.sqrt(((picture - mean) ** 2 * share).sum((0, 1))), np.sqrt(((frame - goal) ** 2 * share).sum((0, 1)))
-    gain = np.clip(wanted / (deviation + 1e-3), 0.7, 1.4) * contrast
+    mean, goal = np.einsum("yxc,yxk->c", picture, share), np.einsum("yxc,yxk->c", frame, share)
+    deviation = np.sqrt(np.einsum("yxc,yxk->c", (picture - mean) ** 2, share))
+    wanted = np.sqrt(np.einsum("yxc,yxk->c", (frame - goal) ** 2, share))
+    gain = np.clip(wanted / (deviation + 1e-3), 0.75, 1.25) * contrast
     return ((picture - mean) * gain + goal).astype(np.float32)
+
+
+def tone_gain(picture: np.ndarray) -> np.ndarray:
+    """Traces scale with the tone they lie on, [S, S, 1]: a network's errors are relative, and the dark shows them more."""
+    return (0.45 + 0.55 * np.clip(cv2.blur(picture.mean(-1), (9, 9)) / 150, 0, 1.2))[..., None]
 
 
 def through_generator(picture: np.ndarray, landmarks: np.ndarray, ratio: float, grid_trace: Callable[[int], np.ndarray]) -> np.ndarray:
     """Take a picture to a generator's grid, add its traces there, and bring it back enlarged."""
     matrix, side = face_grid(landmarks, ratio)
     small = cv2.warpAffine(cv2.GaussianBlur(picture, (0, 0), 0.42 / ratio), matrix, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    small = small + grid_trace(side)
+    small = small + tone_gain(small) * grid_trace(side)
     return cv2.warpAffine(small, matrix, picture.shape[1::-1], flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
 
 # %% ../../nbs/data/forgeries.ipynb #dd5daef1
@@ -250,7 +256,7 @@ def faceswap(target: Scene, source: Scene, frames, landmarks, source_frames, sou
         maps = warp_between(landmarks[k, :68], source_landmarks[k, :68], size)
         picture = cv2.remap(source_frames[k], *maps, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE).astype(np.float32)
         picture = picture + t["sharpen"] * (picture - cv2.GaussianBlur(picture, (0, 0), 1.3))
-        picture = match_colour(picture, frame, weight) + tint + slope + facet_shading(landmarks[k, :68], facets, size)
+        picture = match_colour(picture, frame, weight) + tint + slope + tone_gain(picture) * facet_shading(landmarks[k, :68], facets, size)
         rim = np.clip(cv2.distanceTransform((weight > 0).astype(np.uint8), cv2.DIST_L2, 5), 0, 4)
         picture = picture + (side * t["seam"] * np.exp(-(((rim - 1.8) / 1.1) ** 2)) * (rim > 0))[..., None]
         yield blend(frame, picture + coloured_noise(frame.shape, rng, t["noise"] * target.clip.noise), weight)
@@ -312,7 +318,7 @@ def neuraltextures(target: Scene, source: Scene, frames, landmarks, source_frame
         lower = [*range(3, 14), 30, *range(31, 36), *range(48, 60)]
         weight = region_weight(size, [hull(both[[i + j for i in lower for j in (0, 81)]], 0.97)], t["feather"])
         picture = match_level(film(target, k, expression=expression), frame, weight)
-        picture = through_generator(picture, landmarks[k], t["ratio"], traces) + slope + grid
+        picture = through_generator(picture, landmarks[k], t["ratio"], traces) + slope + tone_gain(picture) * grid
         yield blend(frame, picture + coloured_noise(frame.shape, rng, t["noise"] * target.clip.noise), weight)
 
 # %% ../../nbs/data/forgeries.ipynb #6edc9de2
