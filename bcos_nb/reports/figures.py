@@ -27,8 +27,8 @@ from matplotlib.patches import Rectangle
 from plotly.subplots import make_subplots
 
 from bcos_nb.reports.tables import (
-    CONTROLS, Examples, Runs, b_name, chance_level, detection_table, detector_name, explainer_name, localization_table, mean_scores,
-    row_kind,
+    CONTROLS, Examples, Runs, b_name, chance_level, detection_table, detector_name, explainer_name, game_means,
+    localization_table, row_kind,
 )
 
 # %% ../../nbs/reports/figures.ipynb #b34bc976
@@ -169,11 +169,8 @@ def shown_probability(
 def row_names(
     examples: Examples,
 ) -> list[str]:
-    """What to call the rows of a panel: the forgery method in the frame's path, else a number."""
-    parts = [Path(path).parts for path in examples.frames]
-    named = [part[part.index("manipulated_sequences") + 1] if "manipulated_sequences" in part else "" for part in parts]
-    named += [""] * (len(examples.images) - len(named))
-    return [name or f"face {number}" for number, name in enumerate(named, 1)]
+    """What to call the rows of a panel: the forgery methods where they are known, else numbers."""
+    return examples.methods or [f"face {number}" for number in range(1, len(examples.images) + 1)]
 
 
 def need(
@@ -303,7 +300,7 @@ def threshold_curves(
     game: str = "mask",  # "mask" or "grid"
 ) -> go.Figure:
     """Mean score of every explainer over the threshold, weighted or unweighted."""
-    means = mean_scores(runs.mask if game == "mask" else runs.grid)
+    means = game_means(runs, game)
     need(means, f"scores of the {game} game")
     figure, heights = go.Figure(), {"weighted": [], "unweighted": []}
     for kind, arch, b, explainer, curve in ordered_curves(means):

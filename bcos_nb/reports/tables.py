@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['EXPLAINER_NAMES', 'CONTROLS', 'METRICS', 'ARCH_NAMES', 'EXPERIMENTS', 'READERS', 'KEYS', 'EMPTY', 'DOES', 'ROW_KINDS',
            'arch_name', 'b_name', 'detector_name', 'explainer_name', 'Examples', 'Runs', 'load_runs', 'add_run',
-           'read_train', 'read_detect', 'read_game', 'read_examples', 'collect', 'unique_detectors', 'detection_table',
-           'method_table', 'rank_auc', 'mean_scores', 'localization_table', 'row_kind', 'chance_level', 'findings',
-           'span', 'detection_finding', 'compression_finding', 'mask_finding', 'control_finding', 'grid_finding',
-           'completeness_finding', 'number', 'html_table', 'best_of', 'detection_html', 'method_html',
-           'localization_html', 'study_of', 'missing_html']
+           'read_train', 'read_detect', 'read_game', 'read_examples', 'example_methods', 'collect', 'unique_detectors',
+           'detection_table', 'method_table', 'rank_auc', 'mean_scores', 'game_means', 'localization_table', 'row_kind',
+           'chance_level', 'findings', 'span', 'detection_finding', 'compression_finding', 'mask_finding',
+           'control_finding', 'grid_finding', 'completeness_finding', 'number', 'html_table', 'best_of',
+           'detection_html', 'method_html', 'localization_html', 'study_of', 'missing_html']
 
 # %% ../../nbs/reports/tables.ipynb #d456fecf
 import html
@@ -84,7 +84,7 @@ class Examples:
     rgba: np.ndarray | None = None  # float32 [K, H, W, 4], B-cos networks
     contributions: np.ndarray | None = None  # float32 [K, H, W], signed, B-cos networks
     probabilities: np.ndarray | None = None  # float [K], p(fake)
-    frames: list[str] = field(default_factory=list)  # paths, where the run kept them
+    methods: list[str] = field(default_factory=list)  # forgery method of each, where it is known
 
     @property
     def name(self) -> str:
@@ -108,6 +108,7 @@ class Runs:
     completeness: pd.DataFrame  # largest relative completeness error of each B-cos detector
     examples: dict[str, list[Examples]]  # "mask" and "grid"
     missing: pd.DataFrame  # experiment, run, reason
+    means: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)  # of game_means
 
 
 def load_runs(
@@ -143,8 +144,8 @@ def add_run(
         return "not complete: it has no metrics.json yet"
     try:
         metrics, params = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("metrics.json", "params.json"))
-        arch = params.get("arch") or metrics["arch"]
-        b = params["b"] if "b" in params else metrics.get("b")
+        named = metrics if metrics.get("arch") else params  # an evaluation learns from the detector's file what it is
+        arch, b = named["arch"], named.get("b")
         keys = {"run": folder.name, "arch": arch, "b": math.nan if b is None else float(b)}
         found = READERS[experiment](folder, keys, params, metrics)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -178,9 +179,9 @@ def read_game(folder: Path, keys: dict, params: dict, metrics: dict) -> dict:
     game = "mask" if folder.parent.name == "mask_game" else "grid"
     found = {game: pd.read_parquet(folder / "scores.parquet").assign(**keys)}
     if (folder / "examples.safetensors").is_file():
-        found[f"{game} examples"] = read_examples(folder / "examples.safetensors", keys)
+        found[f"{game} examples"] = read_examples(folder / "examples.safetensors", keys, found[game]["sample"].unique())
     if game == "grid":
-        found["cells"] = int(params.get("n", 3)) ** 2
+        found["cells"] = int(metrics.get("n") or params.get("n") or 3) ** 2
     if metrics.get("mask_area") is not None:
         found["mask_area"] = float(metrics["mask_area"])
     return found
@@ -192,19 +193,35 @@ READERS = {"train": read_train, "detect": read_detect, "mask_game": read_game, "
 def read_examples(
     path: Path,  # examples.safetensors of a game's run
     keys: dict,  # run, arch and b
+    samples: Sequence[str] = (),  # what the run scored
 ) -> Examples:
-    """The pictures of a game's run, channels last."""
+    """The pictures of a game's run, channels last.
+
+    The forgery methods are those of the frames that the file's metadata names; where it names none, the mask game's rule
+    holds: one fake of each method that was scored, in order of their names.
+    """
     with safe_open(path, framework="numpy") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         frames = json.loads((file.metadata() or {}).get("frames", "[]"))
     float32 = lambda name: tensors[name].astype(np.float32) if name in tensors else None
     logits = float32("logits")
     return Examples(
-        **keys, images=tensors["images"].transpose(0, 2, 3, 1), frames=frames,
+        **keys, images=tensors["images"].transpose(0, 2, 3, 1), methods=example_methods(frames, samples, len(tensors["images"])),
         maps={name.removeprefix("maps/"): float32(name) for name in tensors if name.startswith("maps/")},
         masks=tensors["masks"].reshape(len(tensors["images"]), *tensors["images"].shape[2:]) > 0 if "masks" in tensors else None,
         positions=tensors.get("positions"), rgba=float32("rgba/bcos"), contributions=float32("contributions/bcos"),
         probabilities=None if logits is None else 1 / (1 + np.exp(logits[:, 0] - logits[:, 1])))
+
+
+def example_methods(
+    frames: Sequence[str],  # paths of the pictures, empty if the run didn't keep them
+    samples: Sequence[str],  # paths of everything that was scored
+    count: int,  # pictures
+) -> list[str]:  # one a picture, or none
+    """The forgery method in each frame's path."""
+    method = lambda path: (str(path).replace("\\", "/").split("manipulated_sequences/") + [""])[1].split("/")[0]
+    methods = [method(path) for path in frames] or sorted({method(path) for path in samples} - {""})
+    return methods if len(methods) == count and all(methods) else []
 
 # %% ../../nbs/reports/tables.ipynb #d7cdcae4
 KEYS = ["arch", "b"]
@@ -315,6 +332,16 @@ def mean_scores(
     spread = table.squared * table.clusters / (table.clusters - 1).where(table.clusters > 1)
     return table.assign(interval=1.96 * np.sqrt(spread)).reset_index()[[*keys, "score", "interval", "samples"]]
 
+
+def game_means(
+    runs: Runs,
+    game: str,  # "mask" or "grid"
+) -> pd.DataFrame:  # as mean_scores
+    """The means of one game, computed once for all tables and figures."""
+    if game not in runs.means:
+        runs.means[game] = mean_scores(runs.mask if game == "mask" else runs.grid)
+    return runs.means[game]
+
 # %% ../../nbs/reports/tables.ipynb #c0cfd7f7
 def localization_table(
     runs: Runs,
@@ -325,9 +352,7 @@ def localization_table(
 
     `ratio@<threshold>` is the weighted score over chance: the mean mask area, or one cell of the grid (1/9 for 3 × 3).
     """
-    scores = runs.mask if game == "mask" else runs.grid
-    chance = chance_level(runs, game)
-    means = mean_scores(scores)
+    means, chance = game_means(runs, game), chance_level(runs, game)
     control = means.explainer.isin(CONTROLS)
     shared = means[control].groupby(["explainer", "weighting", "threshold"], as_index=False).mean(numeric_only=True)
     means = pd.concat([means[~control], shared.assign(arch="", b=math.nan)], ignore_index=True) if len(shared) else means
