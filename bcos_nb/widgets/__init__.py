@@ -1,0 +1,5 @@
+"""The ipywidgets that the exploring notebooks show."""
+from bcos_nb.widgets.opening import Opened, find_runs, open_detectors, open_runs, train_taste
+from bcos_nb.widgets.thresholds import ThresholdExplorer
+
+__all__ = ["Opened", "ThresholdExplorer", "find_runs", "open_detectors", "open_runs", "train_taste"]
