@@ -256,8 +256,8 @@ def skin_colour(identity: Identity, rng: np.random.Generator, resolution: int) -
     p, (x, y), shape = identity, canvas_grid(resolution), (resolution, resolution)
     skin = np.ones((*shape, 3), np.float32) * np.asarray(p.skin, np.float32)
     tone = 0.055 * noise_field(rng, shape, 5, 2)
-    blotch = (0.03 + 0.03 * p.age) * noise_field(rng, shape, 22, 2)
-    pores = 0.055 * noise_field(rng, shape, resolution / 3.2, 2, 0.7)
+    blotch = (0.022 + 0.025 * p.age) * noise_field(rng, shape, 22, 2)
+    pores = 0.04 * noise_field(rng, shape, resolution / 3.2, 2, 0.7)
     skin *= (1 + tone + blotch + pores)[..., None]
     flush = sum(gaussian(x, y, s * 0.42, 0.3, 0.24) for s in (-1, 1)) + 0.8 * gaussian(x, y, 0, p.nose_y, 0.16)
     flush = flush * 0.16 + 0.07 * noise_field(rng, shape, 14, 2) * (0.4 + p.age)
@@ -348,7 +348,7 @@ def height_field(p: Identity, rng, resolution: int) -> tuple[np.ndarray, np.ndar
     philtrum = -0.012 * gaussian(x, y, 0, p.mouth_y - p.lip_up - 0.06, 0.035, 0.07)
     lines = sum(np.exp(-(((y + 0.42 + 0.07 * k + 0.015 * np.cos(4 * x + k)) / 0.013) ** 2)) for k in range(3))
     wrinkles = -0.008 * p.age**2 * lines * gaussian(x, y, 0, -0.45, 0.4, 0.3)
-    bumps = 0.0022 * noise_field(rng, shape, resolution / 3.5, 1) + 0.004 * (0.5 + p.age) * noise_field(rng, shape, 18, 2)
+    bumps = 0.0016 * noise_field(rng, shape, resolution / 3.5, 1) + 0.003 * (0.5 + p.age) * noise_field(rng, shape, 18, 2)
     features = ridge + wings + sockets + balls + ridge_brow + cheeks + folds + mouth + chin + philtrum + wrinkles
     height = (dome + features + bumps).astype(np.float32)
     coarse = 0.5 * (1 - np.clip((x / 1.15) ** 2 + ((y + 0.05) / 1.55) ** 2, 0, 1)) + cv2.GaussianBlur((ridge + chin * 0.5).astype(np.float32), (0, 0), resolution / 60)

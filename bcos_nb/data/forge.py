@@ -94,9 +94,9 @@ def person_seed(seed: int, number: int) -> int:
 
 
 def likeness(seed: int) -> tuple:
-    """Sorts people so that neighbours look alike: glasses, beard, brightness of the skin."""
+    """Sorts people so that neighbours look alike: glasses, beard and its colour, brightness of the skin."""
     person = sample_identity(seed)
-    return person.glasses, person.beard > 0, sum(person.skin)
+    return person.glasses, person.beard > 0, person.beard > 0 and sum(person.hair) > 0.25, sum(person.skin)
 
 
 def video_name(number: int) -> str:

@@ -22,8 +22,8 @@ from .faces import Scene, canonical_landmarks, film, noise_field, sample_identit
 TRACES = {
     "Deepfakes": dict(
         ratio=(0.5, 0.68),      # generator pixels per frame pixel
-        checker=(1.5, 3.0),     # upsampling pattern of the transposed convolutions
-        texture=(3.0, 5.0),     # the generator's own texture, fixed in its crop
+        checker=(2.2, 3.8),     # upsampling pattern of the transposed convolutions
+        texture=(3.0, 4.5),     # the generator's own texture, fixed in its crop
         tint=1.5,               # colour mismatch, standard deviation per channel
         contrast=(0.9, 1.08),   # contrast mismatch
         feather=(2.0, 3.5),     # width of the blend at the mask's edge
@@ -40,9 +40,9 @@ TRACES = {
     ),
     "Face2Face": dict(
         ratio=(0.6, 0.8),       # texture pixels per frame pixel
-        lines=(2.0, 3.6),       # scan lines of the texture, along the face
+        lines=(2.4, 4.2),       # scan lines of the texture, along the face
         period=(4.2, 6.0),      # of those lines
-        texture=(2.0, 3.5),
+        texture=(2.0, 3.2),
         light=(2.0, 5.0),       # error of the estimated illumination
         feather=(1.5, 3.0),
         noise=(0.5, 0.9),
@@ -66,11 +66,13 @@ def draw_traces(
     rng: np.random.Generator,   # of this video
     size: int = 128,            # frame side, pixels
 ) -> dict[str, float]:          # one value per trace
-    """Draw one video's trace strengths; lengths are scaled to the frame's size."""
+    """Draw one video's trace strengths; lengths and ratios are scaled to the frame's size."""
     drawn = {name: float(rng.uniform(*value)) if isinstance(value, tuple) else float(value) for name, value in TRACES[method].items()}
     for name in ("feather", "period"):
         if name in drawn:
             drawn[name] *= size / 128
+    if "ratio" in drawn:
+        drawn["ratio"] = min(drawn["ratio"] * 128 / size, 0.8)
     return drawn
 
 # %% ../../nbs/data/forgeries.ipynb #582b9233
@@ -246,7 +248,7 @@ def facet_shading(landmarks: np.ndarray, values: np.ndarray, size: int) -> np.nd
 
 def faceswap(target: Scene, source: Scene, frames, landmarks, source_frames, source_landmarks, rng):
     """Another video's face pasted by its landmark hull: mesh facets, sharpened texture, seam. See `forge_video`."""
-    t, size = draw_traces("FaceSwap", rng, target.size), target.size
+    t, size, unit = draw_traces("FaceSwap", rng, target.size), target.size, target.size / 128
     tint, slope = rng.normal(0, t["tint"], 3).astype(np.float32), gradient_field((size, size), rng, t["light"])
     count = len(face_triangles())
     facets = t["facets"] * (rng.standard_normal((count, 1)) + 0.25 * rng.standard_normal((count, 3)))
@@ -255,9 +257,9 @@ def faceswap(target: Scene, source: Scene, frames, landmarks, source_frames, sou
         weight = region_weight(size, [hull(landmarks[k, :27], 0.97)], t["feather"])
         maps = warp_between(landmarks[k, :68], source_landmarks[k, :68], size)
         picture = cv2.remap(source_frames[k], *maps, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE).astype(np.float32)
-        picture = picture + t["sharpen"] * (picture - cv2.GaussianBlur(picture, (0, 0), 1.3))
+        picture = picture + t["sharpen"] * (picture - cv2.GaussianBlur(picture, (0, 0), 1.3 * unit))
         picture = match_colour(picture, frame, weight) + tint + slope + tone_gain(picture) * facet_shading(landmarks[k, :68], facets, size)
-        rim = np.clip(cv2.distanceTransform((weight > 0).astype(np.uint8), cv2.DIST_L2, 5), 0, 4)
+        rim = np.clip(cv2.distanceTransform((weight > 0).astype(np.uint8), cv2.DIST_L2, 5) / unit, 0, 4)
         picture = picture + (side * t["seam"] * np.exp(-(((rim - 1.8) / 1.1) ** 2)) * (rim > 0))[..., None]
         yield blend(frame, picture + coloured_noise(frame.shape, rng, t["noise"] * target.clip.noise), weight)
 
