@@ -15,7 +15,7 @@ from ..layers.dynamic_linear import dynamic_linear
 
 # %% ../../nbs/explainers/bcos.ipynb #de6c12c1
 def _percentile(values: Tensor, percentile: float) -> Tensor:  # [N, P] -> [N, 1]
-    "Percentile of each row, interpolated linearly; `torch.quantile` refuses more than 16 million values."
+    "Percentile of each row, interpolated linearly. Sorts the top only; older `torch.quantile` refuses a batch of large maps."
     rank = percentile / 100 * (values.shape[1] - 1)
     low = min(int(rank), values.shape[1] - 1)
     top = values.topk(values.shape[1] - low, dim=1).values
