@@ -250,6 +250,8 @@ def serve() -> None:
     tasks, results = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # whatever prints must not get between the results
+    # papermill imports jsonschema, which, where it finds this package, spends seconds on a grammar that notebooks do not need.
+    sys.modules.setdefault("rfc3987_syntax", None)
     while True:
         try:
             fn, args, kwargs = pickle.load(tasks)

@@ -88,7 +88,7 @@ def kernel_spec(
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     start = "from bcos_nb.batch.kernels import start_kernel; start_kernel()"
     return {
-        "argv": [sys.executable, "-c", start, "-f", "{connection_file}", "--IPKernelApp.log_level=40"],
+        "argv": [sys.executable, "-c", start, "-f", "{connection_file}", "--IPKernelApp.log_level=50"],
         "display_name": name,
         "language": "python",
         "metadata": {"debugger": False},
