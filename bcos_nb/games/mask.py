@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..data import FrameDataset, Frames
 from ..explainers.attribution import check_explainers, explain_many
-from .grid import frame_batch, joined, origin
+from .grid import frame_batch, joined, origin, pixel_batch
 from .localization import THRESHOLDS, localization_scores, score_table
 
 # %% ../../nbs/games/mask.ipynb #58b8903b
@@ -33,7 +33,7 @@ def masked_fakes(
     if len(fakes) == 0:
         raise ValueError("There is no fake (label 1) among these frames, and the mask game is played on fakes only.")
     skipped = 0
-    for indices in tqdm(fakes.split(batch_size), desc="mask game", disable=not progress):
+    for indices in tqdm(fakes.split(batch_size), desc="mask game", unit="batch", disable=not progress):
         images, inside = frame_batch(frames, indices, with_mask=True)
         paths = frames.catalog["frame"].iloc[indices.numpy()].tolist()
         keep = inside.flatten(1).any(1)
@@ -69,7 +69,7 @@ def play_mask_game(
     *,
     thresholds: Sequence[float] = THRESHOLDS,
     controls: dict[str, Tensor] | None = None,  # name to a map [H, W] in [0, 1] that stands for every frame
-    batch_size: int = 32,
+    batch_size: int | None = None,  # frames explained at once; None: a million pixels
     dataset: str | None = None,  # None: what the catalogue says, else FaceForensics++
     compression: str | None = None,  # None: what the catalogue says, else c23
     options: dict[str, dict] | None = None,  # of the explainers
@@ -90,7 +90,7 @@ def play_mask_game(
     dataset, compression = origin(frames, dataset, compression)
     parts: dict[str, list[dict]] = {name: [] for name in (*explainers, *controls)}
     samples, area = [], 0.0
-    for paths, images, inside in masked_fakes(frames, batch_size, empty, progress):
+    for paths, images, inside in masked_fakes(frames, batch_size or pixel_batch(frames), empty, progress):
         samples += paths
         area += float(inside.flatten(1).double().mean(1).sum())
         answers = explain_many(detector, images, explainers, 1, options, need_rgba=False) if len(explainers) else {}
