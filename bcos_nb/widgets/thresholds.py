@@ -107,7 +107,7 @@ def paint(
     return as_jpeg(with_outline(picture, inside))
 
 # %% ../../nbs/widgets/thresholds.ipynb #2b31ecf0
-SCORE_COLOURS = {"weighted": "#c2413b", "unweighted": "#0b5394"}
+SCORE_COLOURS = {"weighted": "#d4572f", "unweighted": "#2f7fbf"}  # readable on light and on dark
 STYLE = """<style>
 .bcos-explorer .bcos-caption { font-size: 12px; opacity: 0.75; text-align: center; line-height: 1.3; }
 .bcos-explorer .bcos-verdict { font-size: 13px; line-height: 1.5; }
@@ -163,9 +163,9 @@ class ThresholdExplorer(widgets.VBox):
         self.method = widgets.Dropdown(options=["all fakes", *methods, "all frames"], description="frames", style=wide, layout=menu)
         self.previous = widgets.Button(icon="chevron-left", tooltip="previous frame", layout=widgets.Layout(width="42px"))
         self.next = widgets.Button(icon="chevron-right", tooltip="next frame", layout=widgets.Layout(width="42px"))
-        self.frame = widgets.IntSlider(min=0, max=0, description="frame", style=wide, layout=widgets.Layout(width="88%"), continuous_update=False)
+        self.frame = widgets.IntSlider(min=0, max=0, description="frame", style=wide, layout=widgets.Layout(width="700px"), continuous_update=False, readout=False)
         self.threshold = widgets.FloatSlider(value=0.5, min=0, max=1, step=0.01, readout_format=".2f", description="threshold", style=wide,
-                                             layout=widgets.Layout(width="97%"))
+                                             layout=widgets.Layout(width="800px"))
         self.frame.add_class("bcos-frame"), self.threshold.add_class("bcos-threshold")
         self.offer_explainers()
         self.detector.observe(lambda change: self.offer_explainers(), "value")
@@ -187,13 +187,13 @@ class ThresholdExplorer(widgets.VBox):
                                       for caption, image in zip(self.captions, self.images)])
         self.verdict, self.text, self.message = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.curves = go.FigureWidget(layout=dict(
-            template="plotly_white", height=250, margin=dict(l=50, r=10, t=10, b=40), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+            template="plotly_white", height=250, width=800, margin=dict(l=50, r=10, t=10, b=40), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
             font=dict(color="#808790", size=12), legend=dict(orientation="h", y=1.12, x=0), hovermode="x unified"))
         self.curves.update_xaxes(title="threshold", range=[-0.01, 1.01], gridcolor="rgba(128,135,144,0.25)", zeroline=False)
         self.curves.update_yaxes(title="share inside", range=[0, 1.02], gridcolor="rgba(128,135,144,0.25)", zeroline=False)
         for name, colour in SCORE_COLOURS.items():
             self.curves.add_scatter(x=STEPS, y=[None] * len(STEPS), name=name, line=dict(color=colour, width=2), hovertemplate="%{y:.4f}")
-        self.curves.add_scatter(x=[0, 1], y=[None, None], name="mask area", line=dict(color="#999999", width=1, dash="dot"), hoverinfo="skip")
+        self.curves.add_scatter(x=[0, 1], y=[None, None], mode="lines", name="mask area", line=dict(color="#999999", width=1, dash="dot"), hoverinfo="skip")
         self.curves.add_scatter(x=[0.5, 0.5], y=[0, 1.02], mode="lines", line=dict(color="#808790", width=1), showlegend=False, hoverinfo="skip")
         self.curves.add_scatter(x=[0.5, 0.5], y=[None, None], mode="markers", showlegend=False, hoverinfo="skip",
                                 marker=dict(size=11, color=list(SCORE_COLOURS.values())))
