@@ -1,0 +1,183 @@
+"""The command line: what it says, what it refuses, and that a demo does what is missing and nothing else."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import nbformat
+import pytest
+from typer.testing import CliRunner
+
+from bcos_nb import cli
+from bcos_nb.batch import install_kernels, presets
+
+PROGRAM = [sys.executable, "-c", "from bcos_nb.cli import main; main()"]
+
+TINY = """
+name: tiny
+data: {root: %s, dataset: FaceForensics++, image_size: 64, frames_per_video: 2, forge: {identities: 14, frames_per_video: 2, size: 64, seed: 0}}
+detectors: {arch: resnet10, b: [null, 2], options: {width: 0.25}}
+training: {compression: c23, epochs: 1, batch_size: 16, lr: 1.0e-3, ordinary: {lr: 2.0e-3}}
+evaluation: {compressions: [c23]}
+games: {explainers: [bcos, gradcam], compression: c23, grids: 2}
+"""
+
+
+def program(*arguments, **options):
+    return subprocess.run([*PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=60, **options)
+
+
+def test_help_is_quick_and_needs_no_torch():
+    begin = time.monotonic()
+    shown = program("--help")
+    assert time.monotonic() - begin < 5 and shown.returncode == 0
+    assert all(command in shown.stdout for command in ("forge", "run", "report", "lab", "demo"))
+    heavy = "import sys, bcos_nb.cli, bcos_nb.batch.presets; print([name for name in ('torch', 'pandas', 'papermill', 'plotly') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["run", "dmo"], ["no preset 'dmo'", "demo"]),
+    (["run", "nowhere.yaml"], ["nowhere.yaml does not exist"]),
+    (["run", "wrong.yaml"], ["wrong.yaml", "epocs", "unknown section"]),
+    (["run", "torn.yaml"], ["torn.yaml is not YAML"]),
+    (["run", "grid.yaml"], ["no parameter 'B'", "grid"]),
+    (["demo", "--preset", "no_data.yaml"], ["some/where does not exist", "--data"]),
+    (["report", "empty"], ["empty"]),
+])
+def test_a_mistake_is_answered_with_one_paragraph(tmp_path, arguments, said):
+    (tmp_path / "wrong.yaml").write_text("data: {root: x}\ndetectors: {arch: resnet10}\nepocs: 3\n")
+    (tmp_path / "torn.yaml").write_text("data: {root: [\n")
+    (tmp_path / "grid.yaml").write_text("notebook: train\ngrid: {B: [1, 2]}\n")
+    (tmp_path / "no_data.yaml").write_text("data: {root: some/where}\ndetectors: {arch: resnet10}\n")
+    (tmp_path / "empty").mkdir()
+    answer = program(*arguments, cwd=tmp_path)
+    assert answer.returncode == 1 and "Traceback" not in answer.stderr
+    paragraph = answer.stderr.strip().splitlines()[-1]
+    assert all(part in paragraph for part in said), answer.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_debug_shows_where_an_error_comes_from():
+    assert "Traceback" in program("run", "dmo", "--debug").stderr
+
+
+def test_a_preset_makes_its_runs_and_passes_what_differs(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY % "data/tiny")
+    jobs = presets.preset_jobs(presets.load_preset(path), tmp_path / "runs", "/elsewhere")
+    assert [job.run_dir.parent.name for job in jobs] == ["train", "train"] + ["mask_game", "grid_game", "detect"] * 2
+    rate = {job.params["b"]: job.params["training"]["lr"] for job in jobs[:2]}
+    assert rate == {2: 1e-3, None: 2e-3} and all("ordinary" not in job.params["training"] for job in jobs[:2])
+    assert {job.params["data"] for job in jobs} == {"/elsewhere"} and jobs[0].params["width"] == 0.25
+    dry = program("run", path, "--dry-run", cwd=tmp_path)
+    assert dry.returncode == 0 and dry.stdout.count("to do") == 8 and not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def stubs(tmp_path, monkeypatch):
+    """A preset whose experiments are notebooks without torch, and a forge and a report that only leave a trace."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    defaults = {experiment: cell_of(presets.notebook_of(experiment)) for experiment in ("train", "mask_game", "grid_game", "detect")}
+    for experiment, parameters in defaults.items():
+        cells = [parameters, "import os\nif os.path.exists('broken') and b == 2:\n    raise ValueError('broken on purpose')\n"
+                 "from bcos_nb.batch.runs import finish_run\nfinish_run(run_dir, {'b': b})"]
+        content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+        content.cells[0].metadata["tags"] = ["parameters"]
+        nbformat.write(content, folder / f"{experiment}.ipynb")
+    calls = []
+
+    def forge_here(root, recipe):
+        calls.append("forge")
+        Path(root).mkdir(parents=True, exist_ok=True)
+
+    def write_report(runs):
+        calls.append("report")
+        page = Path(runs) / "report" / "report.html"
+        page.parent.mkdir(exist_ok=True)
+        page.write_text("report")
+
+    monkeypatch.setattr(presets, "notebook_of", lambda experiment: folder / f"{experiment}.ipynb")
+    monkeypatch.setattr(cli, "forge_here", forge_here)
+    monkeypatch.setitem(sys.modules, "bcos_nb.reports", types.SimpleNamespace(write_report=write_report))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY % "data/tiny")
+    install_kernels()
+    return calls
+
+
+def cell_of(notebook):
+    cells = json.loads(Path(notebook).read_text())["cells"]
+    return next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
+
+
+def demo():
+    answer = CliRunner().invoke(cli.app, ["demo", "--preset", "tiny.yaml", "--out", "runs/tiny"])
+    return answer.exit_code, answer.output
+
+
+def test_a_demo_does_what_is_missing_and_nothing_else(stubs, tmp_path):
+    (tmp_path / "broken").touch()
+    code, said = demo()
+    complete = sorted((tmp_path / "runs/tiny").glob("*/*/metrics.json"))
+    assert code == 1 and "4 of 8 runs" in said and "broken on purpose" in said and "3 more were not started" in said
+    assert len(complete) == 4 and stubs == ["forge"]
+
+    (tmp_path / "broken").unlink()
+    times = {file: file.stat().st_mtime_ns for file in complete}
+    code, said = demo()
+    assert code == 0 and "4 are complete already" in said and str(tmp_path / "runs/tiny/report/report.html") in said
+    assert len(list((tmp_path / "runs/tiny").glob("*/*/metrics.json"))) == 8 and stubs == ["forge", "forge", "report"]
+    assert times == {file: file.stat().st_mtime_ns for file in complete}
+
+    every = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    code, said = demo()
+    assert code == 0 and "Everything is already there" in said and len(said.strip().splitlines()) == 1
+    assert every == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} and len(stubs) == 3
+
+    (tmp_path / "runs/tiny/report/report.html").unlink()
+    assert demo()[0] == 0 and stubs[3:] == ["forge", "report"]
+
+
+def test_a_grid_file_runs_a_notebook_of_yours(stubs, tmp_path):
+    (tmp_path / "grid.yaml").write_text("notebook: notebooks/detect.ipynb\ngrid: {b: [1.25, 3]}\nout: somewhere\n")
+    answer = CliRunner().invoke(cli.app, ["run", "grid.yaml"])
+    assert answer.exit_code == 0 and "All 2 runs in somewhere are complete; 2 of them were done now" in answer.output
+    assert len(list((tmp_path / "somewhere").glob("*/metrics.json"))) == 2
+
+
+def test_lab_copies_an_installed_packages_notebooks_and_keeps_what_is_there(tmp_path, monkeypatch):
+    installed = tmp_path / "site-packages/bcos_nb/_resources/nbs/explore"
+    installed.mkdir(parents=True)
+    for name in ("thresholds", "grids"):
+        (installed / f"{name}.ipynb").write_text(name)
+    monkeypatch.setattr(cli, "resource_path", lambda relative: installed)
+    here = tmp_path / "here"
+    (here / "explore").mkdir(parents=True)
+    (here / "explore" / "grids.ipynb").write_text("somebody's work")
+    assert cli.explore_folder(here) == (here / "explore", here)
+    assert {file.name: file.read_text() for file in (here / "explore").iterdir()} == {"thresholds.ipynb": "thresholds", "grids.ipynb": "somebody's work"}
+
+
+@pytest.mark.slow
+def test_a_real_demo_that_was_killed_is_finished_by_the_next(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY % (tmp_path / "data"))
+    arguments = ["demo", "--preset", tmp_path / "tiny.yaml", "--out", tmp_path / "runs"]
+    first = subprocess.Popen([*PROGRAM, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 300
+    while not list((tmp_path / "runs").glob("train/*/metrics.json")):
+        assert time.monotonic() < end and first.poll() is None
+        time.sleep(0.2)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").glob("*/*/metrics.json")}
+    second = subprocess.run([*PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=600)
+    # One epoch on a handful of faces makes no detector that is sure of anything, so a grid game may find no grid.
+    assert second.returncode == 0 or "cannot play the grid game" in second.stderr, second.stderr
+    assert all(file.stat().st_mtime_ns == when for file, when in before.items())
+    assert len(list((tmp_path / "runs").glob("train/*/metrics.json"))) == 2 and not list((tmp_path / "runs").glob("*/*/lock"))
