@@ -147,21 +147,26 @@ def specificity(
     where a frame has no other to be compared with.
     """
     maps, regions, steps = _checked(maps, regions, thresholds)
-    _, group = np.unique(np.arange(len(maps)) if groups is None else np.asarray(groups), return_inverse=True)
+    names = range(len(maps)) if groups is None else groups
+    _, group = np.unique(np.asarray(names), return_inverse=True)
     if len(group) != len(maps):
         raise ValueError(f"groups must name the group of each of the {len(maps)} maps, got {len(group)}.")
     group = torch.as_tensor(group, device=maps.device)
-    sizes = torch.bincount(group)
-    others = len(maps) - sizes
+    others = len(maps) - torch.bincount(group)[group]
     if bool((others == 0).any()):
         raise ValueError("Specificity compares a map with the regions of other frames, but all maps given are of one frame or group.")
-    weights = regions.flatten(1).to(maps.dtype)
-    sums = torch.zeros(len(sizes), weights.shape[1], dtype=torch.float64, device=maps.device).index_add_(0, group, weights.double())
-    everyone = sums.sum(0)
+    flat, block = regions.flatten(1), max(1, _BLOCK // maps[0].numel())
+    everyone = flat.sum(0, dtype=torch.float64)
+    sums = None  # of each group's regions, [groups, P]
+    if groups is not None:
+        sums = torch.zeros(int(group.max()) + 1, flat.shape[1], dtype=torch.float64, device=maps.device)
+        for own, which in zip(flat.split(block), group.split(block)):
+            sums.index_add_(0, which, own.double())
     ascending, place = steps.unique(return_inverse=True)
-    parts, block = [], max(1, _BLOCK // maps[0].numel())
-    for some, own, which in zip(maps.flatten(1).split(block), weights.split(block), group.split(block)):
-        contrast = own - (everyone - sums[which]) / others[which][:, None]
+    parts = []
+    for some, own, which, count in zip(*(tensor.split(block) for tensor in (maps.flatten(1), flat, group, others))):
+        own = own.double()
+        contrast = own - (everyone - (own if sums is None else sums[which])) / count[:, None]
         parts.append(_share(*_inside_and_whole(_reached(some, ascending), some, contrast, len(ascending))))
     return torch.cat(parts, 1)[place].to(maps.dtype)
 
