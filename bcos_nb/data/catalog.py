@@ -12,7 +12,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -121,12 +121,12 @@ class Files:
         return next((path for path in candidates if self.has(path)), None)
 
 # %% ../../nbs/data/catalog.ipynb #720d503b
-def mask_candidates(frame: str, given: str | None) -> list[str]:
+def mask_candidates(frame: str, given: str | None) -> Iterator[str]:
     """Where the mask of a fake frame may be, best first."""
-    derived = [frame.replace("/frames/", "/masks/")] if "/frames/" in frame else []
-    own = ([given] if given else []) + derived
-    others = [re.sub(r"/(c23|c40|raw)/", f"/{other}/", path, count=1) for other in COMPRESSIONS for path in own]
-    return list(dict.fromkeys(own + others))
+    own = ([given] if given else []) + ([frame.replace("/frames/", "/masks/")] if "/frames/" in frame else [])
+    yield from own
+    for other in COMPRESSIONS:
+        yield from (re.sub(r"/(c23|c40|raw)/", f"/{other}/", path, count=1) for path in own)
 
 
 def source_of(frame: str) -> str | None:
@@ -212,9 +212,7 @@ def video_rows(key: str, label: str, entry: dict, limit: int, path: Path) -> lis
     masks = {mask.rsplit("/", 1)[-1]: mask for mask in masks}
     frames = sorted(frames, key=frame_number)
     method = METHOD_OF_LABEL[label]
-    name = key if method == "real" else f"{method}/{key.split('/', 1)[1]}"
-    name = name if method != "real" else f"real/{key.split('/', 1)[1]}"
-    fake = int(method != "real")
+    name, fake = f"{method}/{key.split('/', 1)[1]}", int(method != "real")
     return [(frames[k], masks.get(frames[k].rsplit("/", 1)[-1]) if fake else None, name, fake, method) for k in sample_evenly(len(frames), limit)]
 
 # %% ../../nbs/data/catalog.ipynb #18b9c471

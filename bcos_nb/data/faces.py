@@ -10,7 +10,7 @@ __all__ = ['SKIN_TONES', 'HAIR_COLOURS', 'IRIS_COLOURS', 'HAIR_STYLES', 'SPAN', 
            'paint_brows', 'paint_glasses', 'paint_eyes', 'smooth_curve', 'stroke', 'paint_mouth', 'rounded', 'Shot',
            'Clip', 'wander', 'sample_clip', 'project', 'canvas_maps', 'light_head', 'develop', 'sensor_noise', 'finish',
            'paint_body', 'paint_background', 'Scene', 'make_scene', 'film', 'layered', 'surroundings', 'shot_landmarks',
-           'record']
+           'record', 'contact_sheet']
 
 # %% ../../nbs/data/faces.ipynb #88aaadf5
 from dataclasses import dataclass, field, replace
@@ -187,12 +187,12 @@ def canonical_landmarks(
     lid = np.array([-1, -0.4, 0.4, 1, 0.4, -0.4])
     up, low = p.eye_h * (1 - 0.96 * e.blink + 0.15 * e.brow), p.eye_h * 0.62 * (1 - 0.55 * e.blink - 0.2 * max(e.smile, 0))
     height = np.array([0, -up, -up, 0, low, low])
-    height = height + np.array([0, 1, 1, 0, 0, 0]) * 0.62 * p.eye_h * e.blink
+    height = height + np.array([0, 1, 1, 0, 0, 0]) * 0.3 * p.eye_h * e.blink
     for first, side in ((36, -1), (42, 1)):
         out[first:first + 6, 0] = side * p.eye_x + lid * p.eye_w
         out[first:first + 6, 1] = p.eye_y + height - lid * side * p.eye_tilt + side * 0.008 * p.asymmetry
     out[48:68] = lips(p, e)
-    around = np.linspace(np.pi * 1.02, np.pi * 1.98, 13)
+    around = np.linspace(np.pi * 1.13, np.pi * 1.87, 13)
     out[68:, 0], out[68:, 1] = p.width * 0.98 * np.cos(around), -0.12 + 0.62 * p.skull * np.sin(around)
     if displaced:
         dx, dy = displacement(p, e, out[:, 0], out[:, 1])
@@ -871,3 +871,14 @@ def record(
     count = len(scene.clip.shots)
     frames = np.stack([finish(film(scene, k), scene.clip, rng) for k in range(count)])
     return frames, np.stack([shot_landmarks(scene, k) for k in range(count)])
+
+
+def contact_sheet(
+    pictures: list[np.ndarray],  # each uint8 [h, w, 3] or [h, w]; all of one size
+    columns: int,                # pictures in a row
+    scale: float = 1.0,          # enlargement
+) -> np.ndarray:                 # uint8 [H, W, 3]
+    """Pictures side by side, row after row; the last row is filled up with white."""
+    tiles = [cv2.resize(p if p.ndim == 3 else np.repeat(p[..., None], 3, 2), None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC) for p in pictures]
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
+    return np.vstack([np.hstack(tiles[k:k + columns]) for k in range(0, len(tiles), columns)])

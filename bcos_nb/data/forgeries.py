@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import cv2
 import numpy as np
+from scipy.spatial import Delaunay
 
 from .faces import Scene, canonical_landmarks, film, noise_field, sample_identity, shot_landmarks
 
@@ -163,12 +164,12 @@ def gradient_field(shape, rng: np.random.Generator, level: float) -> np.ndarray:
 
 
 def match_colour(picture: np.ndarray, frame: np.ndarray, weight: np.ndarray, contrast: float = 1.0) -> np.ndarray:
-    """Move mean and deviation of `picture` inside the region to those of `frame`, channel by channel."""
+    """Move the mean of `picture` inside the region to that of `frame`, channel by channel, and the deviation of all together."""
     share = weight[..., None] / weight.sum()
     mean, goal = np.einsum("yxc,yxk->c", picture, share), np.einsum("yxc,yxk->c", frame, share)
     deviation = np.sqrt(np.einsum("yxc,yxk->c", (picture - mean) ** 2, share))
     wanted = np.sqrt(np.einsum("yxc,yxk->c", (frame - goal) ** 2, share))
-    gain = np.clip(wanted / (deviation + 1e-3), 0.75, 1.25) * contrast
+    gain = np.clip(wanted.mean() / (deviation.mean() + 1e-3), 0.75, 1.25) * contrast
     return ((picture - mean) * gain + goal).astype(np.float32)
 
 
@@ -232,8 +233,6 @@ def warp_between(
 @lru_cache(maxsize=1)
 def face_triangles() -> np.ndarray:
     """The mesh: Delaunay triangles of the average face's first 68 landmarks, [T, 3]."""
-    from scipy.spatial import Delaunay
-
     return Delaunay(average_face()[:68]).simplices
 
 
@@ -254,7 +253,7 @@ def faceswap(target: Scene, source: Scene, frames, landmarks, source_frames, sou
     facets = t["facets"] * (rng.standard_normal((count, 1)) + 0.25 * rng.standard_normal((count, 3)))
     side = float(rng.choice([-1, 1]))
     for k, frame in enumerate(frames):
-        weight = region_weight(size, [hull(landmarks[k, :27], 0.97)], t["feather"])
+        weight = region_weight(size, [hull(landmarks[k, :27], 0.955)], t["feather"])
         maps = warp_between(landmarks[k, :68], source_landmarks[k, :68], size)
         picture = cv2.remap(source_frames[k], *maps, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE).astype(np.float32)
         picture = picture + t["sharpen"] * (picture - cv2.GaussianBlur(picture, (0, 0), 1.3 * unit))
