@@ -31,7 +31,7 @@ def _checked(maps: Tensor, regions: Tensor, thresholds: Sequence[float]) -> tupl
     steps = torch.as_tensor(thresholds, dtype=torch.float64).flatten()
     if steps.numel() == 0 or not bool(((steps >= 0) & (steps <= 1)).all()):
         raise ValueError(f"thresholds must be one or more numbers in [0, 1], got {list(thresholds)}.")
-    low, high = maps.flatten(1).aminmax(dim=1)
+    low, high = maps.amin((1, 2)), maps.amax((1, 2))
     wrong = ~((low >= 0) & (high <= 1 + 1e-6))  # also true for NaN, which compares false
     if bool(wrong.any()):
         n = int(wrong.nonzero()[0])
@@ -41,12 +41,12 @@ def _checked(maps: Tensor, regions: Tensor, thresholds: Sequence[float]) -> tupl
         )
     regions = regions.to(maps.device)
     if regions.dtype != torch.bool:
-        low, high = regions.flatten(1).aminmax(dim=1)
+        low, high = regions.amin((1, 2)), regions.amax((1, 2))
         wrong = ~((low >= 0) & (high <= 1))
         if bool(wrong.any()):
             n = int(wrong.nonzero()[0])
             raise ValueError(f"regions must be bool, or weights in [0, 1], but region {n} runs from {low[n]:.4g} to {high[n]:.4g}.")
-    empty = ~(regions != 0).flatten(1).any(1)
+    empty = ~(regions if regions.dtype == torch.bool else regions > 0).flatten(1).any(1)
     if bool(empty.any()):
         raise ValueError(
             f"Region {int(empty.nonzero()[0])} has no pixel inside ({int(empty.sum())} of {len(maps)} are like that), so no map can"
@@ -95,18 +95,21 @@ def _share(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def _inside_and_whole(
-    bins: Tensor,  # thresholds reached, [N, P]
-    values: Tensor | None,  # [N, P]; None counts pixels
+    bins: Tensor,  # thresholds reached, int32 [N, P]
+    summed: Sequence[Tensor | None],  # what to add up, each [N, P]; None counts pixels
     weights: Tensor,  # region, bool or floating, [N, P]
     steps: int,  # T
-) -> tuple[Tensor, Tensor]:  # float64, each [T, N]
+) -> list[tuple[Tensor, Tensor]]:  # float64 [T, N] twice, for each of `summed`
     "Sums above each threshold: inside the region, and everywhere."
-    rows = torch.arange(len(bins), dtype=torch.int32, device=bins.device)[:, None] * (steps + 1)
-    if weights.dtype == torch.bool:
-        sides = _sums_above(bins + 2 * rows + weights * (steps + 1), values, 2 * len(bins), steps)
-        return sides[:, 1::2], sides[:, 0::2] + sides[:, 1::2]
-    weighed = weights if values is None else weights * values
-    return _sums_above(bins + rows, weighed, len(bins), steps), _sums_above(bins + rows, values, len(bins), steps)
+    count = len(bins)
+    rows = torch.arange(count, dtype=torch.int32, device=bins.device)[:, None] * (steps + 1)
+    if weights.dtype != torch.bool:
+        keys = bins + rows
+        weighed = [weights if values is None else weights * values for values in summed]
+        return [(_sums_above(keys, part, count, steps), _sums_above(keys, values, count, steps)) for part, values in zip(weighed, summed)]
+    keys = (bins + 2 * rows).add_(weights.int(), alpha=steps + 1)  # a row for outside, a row for inside
+    sides = [_sums_above(keys, values, 2 * count, steps) for values in summed]
+    return [(side[:, 1::2], side[:, 0::2] + side[:, 1::2]) for side in sides]
 
 
 def localization_scores(
@@ -127,9 +130,9 @@ def localization_scores(
     block = max(1, _BLOCK // maps[0].numel())
     parts = {"weighted": [], "unweighted": []}
     for some, inside in zip(maps.flatten(1).split(block), regions.flatten(1).split(block)):
-        bins = _reached(some, ascending)
-        for name, values in (("weighted", some), ("unweighted", None)):
-            parts[name].append(_share(*_inside_and_whole(bins, values, inside, len(ascending))))
+        sums = _inside_and_whole(_reached(some, ascending), (some, None), inside, len(ascending))
+        for name, (part, whole) in zip(parts, sums):
+            parts[name].append(_share(part, whole))
     return {name: torch.cat(part, 1)[place].to(maps.dtype) for name, part in parts.items()}
 
 # %% ../../nbs/games/localization.ipynb #c7711042
@@ -167,7 +170,7 @@ def specificity(
     for some, own, which, count in zip(*(tensor.split(block) for tensor in (maps.flatten(1), flat, group, others))):
         own = own.double()
         contrast = own - (everyone - (own if sums is None else sums[which])) / count[:, None]
-        parts.append(_share(*_inside_and_whole(_reached(some, ascending), some, contrast, len(ascending))))
+        parts.append(_share(*_inside_and_whole(_reached(some, ascending), [some], contrast, len(ascending))[0]))
     return torch.cat(parts, 1)[place].to(maps.dtype)
 
 # %% ../../nbs/games/localization.ipynb #9a4a8562
