@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['METHOD_OF_LABEL', 'COMPRESSED', 'COMPRESSIONS', 'SPLITS', 'COLUMNS', 'REMEDY', 'ANCHORS', 'find_index', 'read_index',
-           'normalise_path', 'frame_number', 'sample_evenly', 'Files', 'mask_candidates', 'source_of', 'read_catalog',
-           'select_videos', 'warn_if_repeated', 'video_rows', 'locate']
+           'normalise_path', 'normalise_folder', 'frame_number', 'sample_evenly', 'Files', 'mask_candidates',
+           'source_of', 'source_folder', 'read_catalog', 'select_videos', 'warn_if_repeated', 'video_rows', 'locate']
 
 # %% ../../nbs/data/catalog.ipynb #b540aafb
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -76,16 +77,28 @@ def normalise_path(
     path: str,   # as it stands in a JSON
 ) -> str:        # with forward slashes, relative, without a leading ./ or rgb/
     """A JSON's path as the project writes it. Raises ValueError for a path that leaves the root."""
-    parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]
-    foreign = path[:1] in "/\\" or re.match(r"[A-Za-z]:", path) is not None
+    cut = max(path.rfind("/"), path.rfind("\\")) + 1
+    folder, problem = normalise_folder(path[:cut])
+    if problem is None and path[cut:] in ("", ".", ".."):
+        problem = "leaves the dataset's folder, and is refused"
+    if problem is not None:
+        raise ValueError(f"The path {path!r} {problem}. Make the JSON's paths relative to the dataset's folder.")
+    return folder + path[cut:]
+
+
+@lru_cache(maxsize=4096)
+def normalise_folder(folder: str) -> tuple[str, str | None]:
+    """A path's folder as the project writes it, ending in a slash unless empty; and what is wrong with it, or None."""
+    parts = [part for part in folder.replace("\\", "/").split("/") if part not in ("", ".")]
+    foreign = folder[:1] in ("/", "\\") or re.match(r"[A-Za-z]:", folder) is not None
     anchors = [k for k, part in enumerate(parts) if part in (("rgb",) if "rgb" in parts else ANCHORS)]
     if anchors and (foreign or parts[0] in ("datasets", "rgb", "data")):
         parts = parts[anchors[0] + (parts[anchors[0]] == "rgb"):]
     elif foreign:
-        raise ValueError(f"The path {path!r} is absolute and holds none of the folders {', '.join(ANCHORS[:3])}…, so it cannot be found below the root. Make the JSON's paths relative to the dataset's folder.")
-    if ".." in parts or not parts:
-        raise ValueError(f"The path {path!r} leaves the dataset's folder, and is refused. Make the JSON's paths relative to the dataset's folder.")
-    return "/".join(parts)
+        return "", f"is absolute and holds none of the folders {', '.join(ANCHORS[:3])}…, so it cannot be found below the root"
+    if ".." in parts:
+        return "", "leaves the dataset's folder, and is refused"
+    return "/".join([*parts, ""]), None
 
 
 def frame_number(path: str) -> tuple:
@@ -116,9 +129,9 @@ class Files:
                 self.listed[folder] = frozenset()
         return name in self.listed[folder]
 
-    def first(self, candidates: Iterable[str]) -> str | None:
-        """The first candidate that is there."""
-        return next((path for path in candidates if self.has(path)), None)
+    def below(self, path: str) -> str | None:
+        """Where a JSON's path is: below `rgb`, or below the root itself; None if it is not there."""
+        return next((place for place in ("rgb/" + path, path) if self.has(place)), None)
 
 # %% ../../nbs/data/catalog.ipynb #720d503b
 def mask_candidates(frame: str, given: str | None) -> Iterator[str]:
@@ -131,8 +144,16 @@ def mask_candidates(frame: str, given: str | None) -> Iterator[str]:
 
 def source_of(frame: str) -> str | None:
     """The real frame that a FaceForensics++ fake was made from, at the same compression; None where the name says nothing."""
-    found = re.search(r"^(.*)manipulated_sequences/(?!DeepFakeDetection/)[^/]+/(c23|c40|raw)/frames/(\d+)_\d+/([^/]+)$", frame)
-    return f"{found[1]}original_sequences/youtube/{found[2]}/frames/{found[3]}/{found[4]}" if found else None
+    folder, _, name = frame.rpartition("/")
+    source = source_folder(folder)
+    return f"{source}/{name}" if source else None
+
+
+@lru_cache(maxsize=4096)
+def source_folder(folder: str) -> str | None:
+    """Folder of the real video that a folder of fake frames was made from; None where the name says nothing."""
+    found = re.search(r"^(.*)manipulated_sequences/(?!DeepFakeDetection/)[^/]+/(c23|c40|raw)/frames/(\d+)_\d+$", folder)
+    return f"{found[1]}original_sequences/youtube/{found[2]}/frames/{found[3]}" if found else None
 
 # %% ../../nbs/data/catalog.ipynb #99ae92a8
 def read_catalog(
@@ -219,8 +240,7 @@ def video_rows(key: str, label: str, entry: dict, limit: int, path: Path) -> lis
 def locate(table: pd.DataFrame, root: Path, path: Path) -> pd.DataFrame:
     """Find frames, masks and source frames on disk; FileNotFoundError names the first missing frame and counts the rest."""
     files = Files(root)
-    within = lambda relative: files.first((f"rgb/{relative}", relative))
-    found = [within(frame) for frame in table["frame"]]
+    found = [files.below(frame) for frame in table["frame"]]
     missing = [frame for frame, place in zip(table["frame"], found) if place is None]
     if missing:
         raise FileNotFoundError(f"{path} names the frame {missing[0]}, which is neither in {root / 'rgb'} nor in {root}; {len(missing)} of {len(table)} frames of this split are missing. Copy the missing frames there, or make the JSON again from what is there. " + REMEDY.format(root=root))
@@ -228,10 +248,10 @@ def locate(table: pd.DataFrame, root: Path, path: Path) -> pd.DataFrame:
     for frame, mask, label in zip(table["frame"], table["mask"], table["label"]):
         place = source = None
         if label:
-            place = next((p for p in map(within, mask_candidates(frame, mask)) if p is not None), None)
+            place = next((place for place in map(files.below, mask_candidates(frame, mask)) if place is not None), None)
             without += place is None
             source = source_of(frame)
-            source = within(source) if source else None
+            source = files.below(source) if source else None
         masks.append(place)
         sources.append(source)
     if without and "/frames/" in "".join(table["frame"].head(1)) and any(masks):
