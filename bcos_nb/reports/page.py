@@ -92,7 +92,7 @@ figcaption { color: #4b5158; font-size: 14px; line-height: 1.5; max-width: 92ch;
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: 6px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-thead th { border-bottom: 2px solid #c4c8cd; font-weight: 600; } .text { text-align: left; white-space: normal; }
+thead th { border-bottom: 2px solid #c4c8cd; font-weight: 600; } .text { text-align: left; } td.text:last-child { white-space: normal; }
 tr.group th { text-align: left; font-size: 12px; letter-spacing: 0.04em; text-transform: uppercase; color: var(--muted); background: var(--tint); }
 tbody tr:hover td { background: #fbf8ef; }
 .study { color: #9297a0; margin-left: 8px; font-weight: 400; } .pm { color: #6b7280; font-size: 12px; }

@@ -244,6 +244,8 @@ def collect(
     """Joins what was read and names what is missing."""
     frames = {name: pd.concat(parts[name], ignore_index=True) if name in parts else pd.DataFrame(columns=columns)
               for name, columns in EMPTY.items()}
+    for name, columns in EMPTY.items():  # a run of other makings may lack a number, and no table should stumble over it
+        frames[name] = frames[name].reindex(columns=[*frames[name], *(column for column in columns if column not in frames[name])])
     frames = {name: frame.sort_values(KEYS, na_position="first", kind="stable", ignore_index=True)
               for name, frame in frames.items()}
     by_b = lambda example: (example.arch, -1.0 if math.isnan(example.b) else example.b)
@@ -420,6 +422,8 @@ def detection_finding(runs: Runs) -> str | None:
         return f"The ordinary networks reach an AUC of {span(ordinary.auc)} at c23." if len(ordinary) else None
     best = bcos.loc[bcos.auc.astype(float).idxmax()]
     beside = f"The ordinary network reaches an AUC of {span(ordinary.auc)} at c23, the" if len(ordinary) else "At c23 the"
+    if len(bcos) == 1:
+        return f"{beside} B-cos detector ({detector_name(best.arch, best.b)}) {span(bcos.auc)}."
     return f"{beside} B-cos detectors {span(bcos.auc)}; the best of them is {detector_name(best.arch, best.b)}."
 
 

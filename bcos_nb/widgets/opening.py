@@ -115,7 +115,8 @@ def train_taste(
         history = fit(detector, train, val, FitConfig(epochs=epochs, batch_size=16, crop=crop), run)
         parameters = {"arch": "resnet10", "b": b, "data": str(Path(data).resolve()), "dataset": "FaceForensics++", "compression": "c23", "image_size": size}
         (run / "params.json").write_text(json.dumps(parameters), encoding="utf-8")
-        metrics = {"arch": "resnet10", "b": b, "val_auc": float(history.val_auc.max()), "epochs": len(history)}
+        metrics = {"arch": "resnet10", "b": b, "val_auc": float(history.val_auc.max()), "epochs": len(history),
+                   "seconds": float(history.seconds.sum())}
         unfinished = run / "metrics.json.part"
         unfinished.write_text(json.dumps(metrics), encoding="utf-8")
         os.replace(unfinished, run / "metrics.json")
