@@ -1,0 +1,6 @@
+"""Training: losses, optimisers, and the loop."""
+from bcos_nb.training.loop import FitConfig, fit, make_config, predict_logits
+from bcos_nb.training.losses import class_weights, cross_entropy
+from bcos_nb.training.optim import make_optimizer, warmup_cosine
+
+__all__ = ["FitConfig", "class_weights", "cross_entropy", "fit", "make_config", "make_optimizer", "predict_logits", "warmup_cosine"]
