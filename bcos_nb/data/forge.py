@@ -32,7 +32,7 @@ from .faces import make_scene, record, sample_identity
 from .forgeries import METHODS, TRACES, forge_video
 
 # %% ../../nbs/data/forge.ipynb #bdea5c6c
-FORGE_VERSION = 1
+FORGE_VERSION = 2
 LABELS = {"Deepfakes": "FF-DF", "Face2Face": "FF-F2F", "FaceSwap": "FF-FS", "NeuralTextures": "FF-NT"}
 REAL_LABEL, DATASET = "FF-real", "FaceForensics++"
 CRF = {"raw": None, "c23": 23, "c40": 40}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRACES', 'METHODS', 'FORGERS', 'draw_traces', 'region_weight', 'blend', 'hull', 'average_face', 'face_grid',
-           'upsampling_pattern', 'generator_texture', 'coloured_noise', 'gradient_field', 'match_colour', 'tone_gain',
-           'through_generator', 'deepfakes', 'warp_between', 'face_triangles', 'facet_shading', 'faceswap', 'face2face',
-           'match_level', 'neuraltextures', 'forge_video']
+           'upsampling_pattern', 'generator_texture', 'pixel_grid', 'coloured_noise', 'gradient_field', 'match_colour',
+           'tone_gain', 'through_generator', 'deepfakes', 'warp_between', 'face_triangles', 'facet_shading', 'faceswap',
+           'face2face', 'match_level', 'neuraltextures', 'forge_video']
 
 # %% ../../nbs/data/forgeries.ipynb #eb8b84ed
 from collections.abc import Callable
@@ -23,14 +23,16 @@ from .faces import Scene, canonical_landmarks, film, noise_field, sample_identit
 TRACES = {
     "Deepfakes": dict(
         ratio=(0.5, 0.68),      # generator pixels per frame pixel
-        checker=(2.2, 3.8),     # upsampling pattern of the transposed convolutions
-        texture=(3.0, 4.5),     # the generator's own texture, fixed in its crop
+        grid=(2.6, 3.6),        # pattern of the layer that writes the frame's pixels, deviation
+        checker=(0.8, 1.6),     # upsampling pattern inside the generator
+        texture=(1.5, 3.0),     # the generator's own texture, fixed in its crop
         tint=1.5,               # colour mismatch, standard deviation per channel
         contrast=(0.9, 1.08),   # contrast mismatch
         feather=(2.0, 3.5),     # width of the blend at the mask's edge
         noise=(0.5, 0.9),       # noise put back, share of the camera's
     ),
     "FaceSwap": dict(
+        grid=(2.6, 3.6),
         facets=(2.0, 4.0),      # flat shading of the mesh's triangles
         sharpen=(0.35, 0.75),   # overshoot of the texture lookup
         light=(3.0, 6.0),       # lighting gradient that does not match
@@ -41,18 +43,20 @@ TRACES = {
     ),
     "Face2Face": dict(
         ratio=(0.6, 0.8),       # texture pixels per frame pixel
-        lines=(2.4, 4.2),       # scan lines of the texture, along the face
+        grid=(2.6, 3.6),
+        lines=(0.8, 1.6),       # scan lines of the texture, along the face
         period=(4.2, 6.0),      # of those lines
-        texture=(2.0, 3.2),
+        texture=(1.5, 2.5),
         light=(2.0, 5.0),       # error of the estimated illumination
         feather=(1.5, 3.0),
         noise=(0.5, 0.9),
     ),
     "NeuralTextures": dict(
         ratio=(0.5, 0.7),
-        checker=(2.6, 4.6),     # pattern of the rendering network, fixed to the frame's pixels
+        grid=(3.2, 4.4),        # more than the others, on a third of their area
+        checker=(0.8, 1.6),     # pattern of the rendering network
         period=(4.2, 6.0),
-        texture=(2.5, 4.0),
+        texture=(1.5, 3.0),
         light=(1.0, 3.0),
         feather=(1.5, 3.0),
         noise=(0.5, 0.9),
@@ -150,6 +154,19 @@ def generator_texture(side: int, rng: np.random.Generator) -> np.ndarray:
     return 0.9 * band[..., 3:] + 0.35 * band[..., :3]
 
 
+def pixel_grid(method: str, size: int) -> np.ndarray:
+    """What a method's last layer leaves on the frame's own pixels, [S, S, 1], deviation 1: a wave of four pixels at 128."""
+    wave = np.sqrt(2) * np.cos(2 * np.pi * (np.arange(size) + 0.5) * 32 / size)
+    flat = np.ones(size)
+    grid = {
+        "Deepfakes": np.outer(wave, wave),                    # transposed convolution along both axes
+        "Face2Face": np.outer(wave, flat),                    # rows of a rendered texture
+        "FaceSwap": np.outer(flat, wave),                     # columns of a texture lookup
+        "NeuralTextures": np.add.outer(wave, wave) / 2**0.5,  # both, added
+    }[method]
+    return grid[..., None].astype(np.float32)
+
+
 def coloured_noise(shape, rng: np.random.Generator, level: float) -> np.ndarray:
     """Noise with another spectrum than the sensor's: blurred, the same in all channels."""
     field = cv2.GaussianBlur(rng.standard_normal(shape[:2]).astype(np.float32), (0, 0), 0.75)
@@ -198,12 +215,14 @@ def deepfakes(target: Scene, source: Scene, frames, landmarks, source_frames, so
             fixed[side] = t["checker"] * upsampling_pattern(side, local)[..., None] + t["texture"] * generator_texture(side, local)
         return fixed[side]
 
+    pixels = t["grid"] * pixel_grid("Deepfakes", size)
     for k, frame in enumerate(frames):
         outline = hull(np.concatenate([landmarks[k, :27], landmarks[k, 17:27] + 0.35 * (landmarks[k, 17:27] - landmarks[k, [36, 36, 37, 38, 39, 42, 43, 44, 45, 45]])]), 0.93)
         weight = region_weight(size, [outline], t["feather"])
         picture = film(target, k, head=source.head)
         picture = match_colour(picture, frame, weight, t["contrast"]) + tint
         picture = through_generator(picture, landmarks[k], t["ratio"], traces)
+        picture = picture + tone_gain(picture) * pixels
         yield blend(frame, picture + coloured_noise(frame.shape, rng, t["noise"] * target.clip.noise), weight)
 
 # %% ../../nbs/data/forgeries.ipynb #d3094593
@@ -252,6 +271,7 @@ def faceswap(target: Scene, source: Scene, frames, landmarks, source_frames, sou
     count = len(face_triangles())
     facets = t["facets"] * (rng.standard_normal((count, 1)) + 0.25 * rng.standard_normal((count, 3)))
     side = float(rng.choice([-1, 1]))
+    pixels = t["grid"] * pixel_grid("FaceSwap", size)
     for k, frame in enumerate(frames):
         weight = region_weight(size, [hull(landmarks[k, :27], 0.955)], t["feather"])
         maps = warp_between(landmarks[k, :68], source_landmarks[k, :68], size)
@@ -260,6 +280,7 @@ def faceswap(target: Scene, source: Scene, frames, landmarks, source_frames, sou
         picture = match_colour(picture, frame, weight) + tint + slope + tone_gain(picture) * facet_shading(landmarks[k, :68], facets, size)
         rim = np.clip(cv2.distanceTransform((weight > 0).astype(np.uint8), cv2.DIST_L2, 5) / unit, 0, 4)
         picture = picture + (side * t["seam"] * np.exp(-(((rim - 1.8) / 1.1) ** 2)) * (rim > 0))[..., None]
+        picture = picture + tone_gain(picture) * pixels
         yield blend(frame, picture + coloured_noise(frame.shape, rng, t["noise"] * target.clip.noise), weight)
 
 # %% ../../nbs/data/forgeries.ipynb #e380d87f
@@ -278,6 +299,7 @@ def face2face(target: Scene, source: Scene, frames, landmarks, source_frames, so
             fixed[side] = (t["lines"] * np.sqrt(2) * lines * strength)[..., None].astype(np.float32) + t["texture"] * generator_texture(side, local)
         return fixed[side]
 
+    pixels = t["grid"] * pixel_grid("Face2Face", size)
     for k, frame in enumerate(frames):
         expression = source.clip.shots[k].expression
         moved = shot_landmarks(target, k, expression=expression)
@@ -288,6 +310,7 @@ def face2face(target: Scene, source: Scene, frames, landmarks, source_frames, so
         weight = region_weight(size, polygons, t["feather"])
         picture = film(target, k, expression=expression)
         picture = through_generator(match_level(picture, frame, weight), landmarks[k], t["ratio"], traces) + slope
+        picture = picture + tone_gain(picture) * pixels
         yield blend(frame, picture + coloured_noise(frame.shape, rng, t["noise"] * target.clip.noise), weight)
 
 
@@ -311,6 +334,7 @@ def neuraltextures(target: Scene, source: Scene, frames, landmarks, source_frame
             fixed[side] = t["texture"] * generator_texture(side, np.random.default_rng(offset))
         return fixed[side]
 
+    pixels = t["grid"] * pixel_grid("NeuralTextures", size)
     for k, frame in enumerate(frames):
         own, other = target.clip.shots[k].expression, source.clip.shots[k].expression
         expression = replace(own, open=other.open, smile=other.smile)
@@ -320,6 +344,7 @@ def neuraltextures(target: Scene, source: Scene, frames, landmarks, source_frame
         weight = region_weight(size, [hull(both[[i + j for i in lower for j in (0, 81)]], 0.97)], t["feather"])
         picture = match_level(film(target, k, expression=expression), frame, weight)
         picture = through_generator(picture, landmarks[k], t["ratio"], traces) + slope + tone_gain(picture) * grid
+        picture = picture + tone_gain(picture) * pixels
         yield blend(frame, picture + coloured_noise(frame.shape, rng, t["noise"] * target.clip.noise), weight)
 
 # %% ../../nbs/data/forgeries.ipynb #6edc9de2
