@@ -1,0 +1,540 @@
+"""Layers against the reference package, literal loops in float64 and numerical derivatives; the network as one linear map."""
+import itertools
+import threading
+
+import bcos
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from bcos.modules.norms import BatchNormUncentered2d as ReferenceNorm
+from torch import nn
+
+from bcos_nb.layers import (
+    AddInverse,
+    BatchNorm2d,
+    BatchNormUncentered2d,
+    BcosConv2d,
+    BcosLinear,
+    LogitLayer,
+    Standardize,
+    dynamic_linear,
+    evaluating,
+    explanation_mode,
+    make_norm,
+)
+from bcos_nb.layers.bcos import FusedMaxOutScale, max_out_units, power
+from bcos_nb.layers.norms import FusedScaleByDeviation
+from bcos_nb.models import create_detector
+
+EXPONENTS = (1, 1.25, 1.75, 2, 2.5)
+
+
+def rand(*shape, seed=0, **options):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **options)
+
+
+def close(ours, theirs, tolerance=1e-5):
+    """Whether two tensors differ by less than a share of the largest value."""
+    assert ours.shape == theirs.shape
+    ours, theirs = ours.detach(), theirs.detach()
+    return float((ours.double() - theirs.double()).abs().max()) <= tolerance * float(theirs.double().abs().max())
+
+
+def outputs_and_gradients(layer, x, weight):
+    """Output, gradient of a fixed random projection with respect to the input, and to the weight."""
+    x = x.clone().requires_grad_()
+    out = layer(x)
+    projection = rand(*out.shape, seed=9).to(out.dtype)
+    return out.detach(), *torch.autograd.grad((out * projection).sum(), [x, weight])
+
+
+# ---- parity with the reference package
+
+CONVOLUTIONS = [
+    dict(kernel_size=1),
+    dict(kernel_size=1, stride=2),
+    dict(kernel_size=3, padding=1),
+    dict(kernel_size=3, stride=2, padding=1, max_out=2),
+    dict(kernel_size=3, padding=1, groups=2),
+    dict(kernel_size=3, stride=2, padding=1, groups=4, max_out=2),
+    dict(kernel_size=3, padding=1, groups=8, max_out=3),
+    dict(kernel_size=3, padding=2, dilation=2),
+    dict(kernel_size=3, dilation=2, groups=2),
+    dict(kernel_size=(3, 5), stride=(2, 1), padding=(1, 2), max_out=3),
+    dict(kernel_size=5, padding=2, max_out=2),
+]
+
+
+@pytest.mark.parametrize("b", EXPONENTS)
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=lambda o: "-".join(f"{name[0]}{value}" for name, value in o.items()))
+@pytest.mark.filterwarnings("ignore:dilation")
+def test_convolution_equals_the_reference_forward_and_backward(options, b):
+    ours, theirs = BcosConv2d(8, 16, b=b, **options), bcos.modules.BcosConv2d(8, 16, b=b, **options)
+    with torch.no_grad():
+        ours.weight.copy_(rand(*ours.weight.shape, seed=1))
+        theirs.linear.weight.copy_(ours.weight)
+    x = rand(2, 8, 11, 9)
+    for mine, reference in zip(outputs_and_gradients(ours, x, ours.weight), outputs_and_gradients(theirs, x, theirs.linear.weight)):
+        assert close(mine, reference)
+
+
+@pytest.mark.parametrize("b", EXPONENTS)
+@pytest.mark.parametrize("max_out", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(7, 12), (2, 3, 12)])
+def test_linear_equals_the_reference_forward_and_backward(shape, max_out, b):
+    ours, theirs = BcosLinear(12, 5, b=b, max_out=max_out), bcos.modules.BcosLinear(12, 5, b=b, max_out=max_out)
+    with torch.no_grad():
+        theirs.linear.weight.copy_(ours.weight)
+    x = rand(*shape)
+    for mine, reference in zip(outputs_and_gradients(ours, x, ours.weight), outputs_and_gradients(theirs, x, theirs.linear.weight)):
+        assert close(mine, reference)
+
+
+@pytest.mark.parametrize("b", [1, 1.75, 2])
+@pytest.mark.parametrize("max_out", [1, 2, 3])
+def test_explanation_mode_has_the_gradient_of_the_reference(b, max_out):
+    ours, theirs = BcosConv2d(4, 6, 3, 2, 1, b=b, max_out=max_out), bcos.modules.BcosConv2d(4, 6, 3, 2, 1, b=b, max_out=max_out)
+    with torch.no_grad():
+        theirs.linear.weight.copy_(ours.weight)
+    theirs.set_explanation_mode()
+    x = rand(2, 4, 9, 9)
+    with explanation_mode(ours):
+        mine = outputs_and_gradients(ours, x, ours.weight)
+    for ours_, theirs_ in zip(mine, outputs_and_gradients(theirs, x, theirs.linear.weight)):
+        assert close(ours_, theirs_)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, 0.5])
+def test_uncentred_norm_equals_the_reference_in_training_and_evaluation(bias, momentum):
+    ours, theirs = BatchNormUncentered2d(6, momentum=momentum, bias=bias), ReferenceNorm(6, momentum=momentum)
+    with torch.no_grad():
+        for layer in (ours, theirs):
+            layer.weight.copy_(rand(6, seed=1))
+            if bias:
+                layer.bias.copy_(rand(6, seed=2))
+    for step in range(3):
+        x = 2 * rand(4, 6, 5, 7, seed=step) + 3
+        for mine, reference in zip(outputs_and_gradients(ours, x, ours.weight), outputs_and_gradients(theirs, x, theirs.weight)):
+            assert close(mine, reference)
+        assert close(ours.running_var, theirs.running_var)
+        assert ours.num_batches_tracked == theirs.num_batches_tracked == step + 1
+    ours.eval(), theirs.eval()
+    before = ours.running_var.clone()
+    for mine, reference in zip(outputs_and_gradients(ours, x, ours.weight), outputs_and_gradients(theirs, x, theirs.weight)):
+        assert close(mine, reference)
+    assert torch.equal(ours.running_var, before)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_centring_norm_equals_torch(bias):
+    ours, theirs = BatchNorm2d(6, bias=bias), nn.BatchNorm2d(6)
+    with torch.no_grad():
+        ours.weight.copy_(rand(6, seed=1)), theirs.weight.copy_(ours.weight)
+        if bias:
+            ours.bias.copy_(rand(6, seed=2)), theirs.bias.copy_(ours.bias)
+    for training in (True, True, False):
+        ours.train(training), theirs.train(training)
+        x = 2 * rand(4, 6, 5, 7, seed=int(training)) + 1
+        for mine, reference in zip(outputs_and_gradients(ours, x, ours.weight), outputs_and_gradients(theirs, x, theirs.weight)):
+            assert close(mine, reference)
+        assert close(ours.running_var, theirs.running_var) and close(ours.running_mean, theirs.running_mean)
+
+
+# ---- against the equations, read literally
+
+def literal_convolution(x, weight, b, stride, padding, dilation, groups, max_out, zero_mean=0.0):
+    """Equations (1) to (3) of Böhle et al. 2022 with loops over every output value."""
+    x, weight = x.double().numpy(), weight.double().numpy().copy()
+    filters, depth, height, width = weight.shape
+    units = filters // max_out
+    for f in range(round(units * zero_mean) * max_out):
+        weight[f] -= weight[f].mean(axis=(1, 2), keepdims=True)
+    x = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
+    rows = (x.shape[2] - dilation * (height - 1) - 1) // stride + 1
+    columns = (x.shape[3] - dilation * (width - 1) - 1) // stride + 1
+    out = np.zeros((len(x), units, rows, columns))
+    for n, unit, i, j in itertools.product(*map(range, out.shape)):
+        first = unit // (units // groups) * depth  # the channels of the unit's group
+        top, left = i * stride, j * stride
+        patch = x[n, first : first + depth, top : top + dilation * (height - 1) + 1 : dilation, left : left + dilation * (width - 1) + 1 : dilation]
+        response = max((weight[f] * patch).sum() / np.sqrt((weight[f] ** 2).sum()) for f in range(unit * max_out, (unit + 1) * max_out))
+        cosine = abs(response) / np.sqrt((patch**2).sum())
+        out[n, unit, i, j] = response * cosine ** (b - 1)
+    return torch.tensor(out)
+
+
+@pytest.mark.parametrize("b", [1, 1.75, 2, 2.5])
+@pytest.mark.parametrize(
+    "stride,padding,dilation,groups,max_out,zero_mean",
+    [(1, 1, 1, 2, 2, 0.0), (2, 1, 1, 4, 3, 0.0), (1, 2, 2, 2, 2, 0.0), (2, 0, 2, 4, 4, 0.0), (1, 1, 1, 1, 2, 0.5), (2, 1, 1, 2, 2, 1.0)],
+)
+def test_convolution_equals_the_equations_with_groups_max_out_dilation_and_zero_mean(b, stride, padding, dilation, groups, max_out, zero_mean):
+    layer = BcosConv2d(4, 8, 3, stride, padding, dilation, groups, b=b, max_out=max_out, zero_mean=zero_mean).double()
+    x = rand(2, 4, 7, 6, dtype=torch.float64) + 0.3
+    oracle = literal_convolution(x, layer.weight.detach(), b, stride, padding, dilation, groups, max_out, zero_mean)
+    assert close(layer(x), oracle, 1e-4 if b % 1 else 1e-6)  # the layers' own stabilisers, 1e-6, are not in the equations
+    with explanation_mode(layer):
+        assert close(layer(x), oracle, 1e-4 if b % 1 else 1e-6)
+
+
+@pytest.mark.parametrize("kernel_size,padding", [(1, 1), (3, 2), (3, 3), (5, 4)])
+def test_padding_may_exceed_half_the_window(kernel_size, padding):
+    layer = BcosConv2d(2, 3, kernel_size, padding=padding).double()
+    x = rand(1, 2, 5, 6, dtype=torch.float64)
+    norm = F.conv2d(x.square().sum(1, keepdim=True), torch.ones(1, 1, kernel_size, kernel_size, dtype=torch.float64), padding=padding)
+    response = F.conv2d(x, layer.unit_weight(), padding=padding)
+    assert close(layer(x), response * response.abs() / (norm + 1e-6).sqrt(), 1e-9)
+
+
+def test_zero_mean_units_do_not_see_a_constant_and_the_others_do():
+    layer = BcosConv2d(3, 8, 3, zero_mean=0.5, max_out=2)
+    response = F.conv2d(torch.ones(1, 3, 3, 3), layer.unit_weight()).flatten().abs()
+    assert response[:8].max() < 1e-6 < 1e-3 < response[8:].max()
+    assert torch.allclose(layer.unit_weight().flatten(1).norm(dim=1), torch.ones(16))
+
+
+def test_an_all_black_patch_gives_zero_and_a_finite_gradient():
+    for b, layer in itertools.product(EXPONENTS, (lambda b: BcosConv2d(3, 4, 3, b=b, max_out=2), lambda b: BcosLinear(3, 4, b=b))):
+        x = torch.zeros((1, 3, 3, 3) if layer(b).weight.ndim == 4 else (2, 3), requires_grad=True)
+        out = layer(b)(x)
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        assert bool((out == 0).all()) and bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize("exponent", [0, 0.25, 0.3, 0.5, 0.75, 1, 1.5, 2.25, 4, 4.25, 5])
+def test_power_equals_pow(exponent):
+    x = torch.cat([torch.zeros(1), torch.logspace(-6, 1, 200)]).double()
+    assert torch.allclose(power(x, exponent), torch.tensor(x.numpy() ** exponent), rtol=1e-12)
+
+
+@pytest.mark.parametrize("max_out", [1, 2, 3])
+@pytest.mark.parametrize("dim", [1, -1])
+def test_max_out_keeps_the_largest_of_neighbours(max_out, dim):
+    x = rand(2, 6, 6)
+    groups = [x.select(dim, start + k) for start in range(0, 6, max_out) for k in range(max_out)]
+    expected = torch.stack([torch.stack(groups[u * max_out : (u + 1) * max_out]).amax(0) for u in range(6 // max_out)], dim)
+    assert torch.equal(max_out_units(x, max_out, dim), expected)
+
+
+def test_encodings_and_logits_by_hand():
+    image = torch.tensor([0.2, 0.5, 1.0]).view(1, 3, 1, 1)
+    assert torch.allclose(AddInverse()(image).flatten(), torch.tensor([0.2, 0.5, 1.0, 0.8, 0.5, 0.0]))
+    assert torch.allclose(Standardize((0.5, 0.5, 0.5), (0.1, 0.5, 1.0))(image).flatten(), torch.tensor([-3.0, 0.0, 0.5]))
+    assert torch.allclose(LogitLayer(0.5, -1.0)(torch.tensor([[1.0, -2.0]])), torch.tensor([[1.0, -5.0]]))
+    assert torch.equal(LogitLayer()(torch.tensor([[1.0, -2.0]])), torch.tensor([[1.0, -2.0]]))
+
+
+# ---- hand-written derivatives against numerical ones
+
+@pytest.mark.parametrize("b", [1.25, 1.6, 2, 2.5])
+@pytest.mark.parametrize("max_out", [1, 2])
+@pytest.mark.parametrize("norm_channels", [1, 4])
+def test_derivative_of_the_fused_scale(b, max_out, norm_channels):
+    response = rand(2, 4 * max_out, 2, 3, dtype=torch.float64)
+    response = (response + 0.1 * response.sign()).requires_grad_()  # |x|^1.25 has no second derivative at 0
+    norm = (rand(2, norm_channels, 2, 3, seed=1, dtype=torch.float64).abs() + 0.5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda r, n: FusedMaxOutScale.apply(r, n, b, max_out), (response, norm))
+
+
+def test_derivative_of_the_fused_norm_counts_the_variance():
+    def normalised(x, weight):
+        still = x.detach()
+        return FusedScaleByDeviation.apply(x, weight, still.mean((0, 2, 3)), still.var((0, 2, 3), unbiased=False), 1e-3)
+
+    x, weight = rand(3, 2, 2, 3, dtype=torch.float64) + 1, rand(2, seed=1, dtype=torch.float64)
+    assert torch.autograd.gradcheck(normalised, (x.requires_grad_(), weight.requires_grad_()))
+
+
+# ---- reduced precision
+
+@pytest.mark.parametrize("groups,dilation,kernel_size", [(1, 1, 3), (2, 1, 3), (1, 2, 3), (1, 1, 1)])
+def test_patch_norm_is_float32_under_autocast(groups, dilation, kernel_size):
+    layer = BcosConv2d(64, 8, kernel_size, dilation=dilation, groups=groups)
+    x = (rand(1, 64, 9, 9) + 4).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        norm = layer.patch_norm(x)
+    assert norm.dtype == torch.float32
+    window = torch.ones(groups, 64 // groups, kernel_size, kernel_size, dtype=torch.float64)
+    exact = F.conv2d(x.double().square(), window, dilation=dilation, groups=groups).sqrt()
+    exact = exact.repeat_interleave(norm.shape[1] // groups, 1)
+    assert close(norm, exact, 1e-5)  # in bfloat16 it would be off by 4e-3
+
+
+@pytest.mark.parametrize("b", [1.25, 2])
+@pytest.mark.parametrize("layer,shape", [(BcosConv2d, (2, 16, 6, 6)), (BcosLinear, (6, 16))])
+def test_autocast_result_is_within_bfloat16_of_float32(layer, shape, b):
+    layer = layer(16, 32, b=b, max_out=2)
+    x = rand(*shape)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reduced = layer(x)
+    assert not torch.equal(reduced.float(), layer(x)) and close(reduced.float(), layer(x), 0.03)
+
+
+@pytest.mark.parametrize("kind", [BatchNormUncentered2d, BatchNorm2d])
+def test_norms_compute_in_float32_under_autocast(kind):
+    norm = kind(4)
+    x = (rand(8, 4, 8, 8) + 50).bfloat16()  # a variance of 1 beside squares of 2500 is lost in bfloat16
+    exact = x.double()
+    variance = exact.var((0, 2, 3), unbiased=False).view(1, -1, 1, 1)
+    mean = 0 if kind is BatchNormUncentered2d else exact.mean((0, 2, 3), keepdim=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = norm(x)
+    assert out.dtype == torch.bfloat16 and close(out, (exact - mean) / (variance + 1e-5).sqrt(), 2**-8)
+    expected = exact.var((0, 2, 3), unbiased=norm.unbiased)
+    assert norm.running_var.dtype == torch.float32 and close(norm.running_var, 0.9 + 0.1 * expected, 1e-5)
+
+
+def test_half_precision_weights_and_float64_are_kept_apart():
+    layer = BcosConv2d(4, 4, 3)
+    assert layer.bfloat16().unit_weight().dtype == torch.float32
+    layer = layer.double()
+    assert layer(rand(1, 4, 5, 5, dtype=torch.float64)).dtype == torch.float64
+
+
+# ---- the network as one linear map
+
+class TwoLayers(nn.Module):
+    """The smallest detector: convolution, norm, convolution, mean, logits."""
+
+    def __init__(self, norm, norm_bias, logit_bias, b=1.75):
+        super().__init__()
+        self.encode = AddInverse()
+        self.first, self.norm = BcosConv2d(6, 4, 3, padding=1, b=b, max_out=2), make_norm(norm, 4, norm_bias)
+        self.last, self.logit = BcosConv2d(4, 2, 3, padding=1, b=b), LogitLayer(0.5, logit_bias)
+
+    def logits_of(self, encoded):
+        return self.logit(self.last(self.norm(self.first(encoded))).mean((2, 3)))
+
+    def forward(self, images):
+        return self.logits_of(self.encode(images))
+
+
+def randomise(network, seed=0):
+    """Random statistics and affine parameters of every norm, as after some training."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in network.modules():
+            if isinstance(layer, (BatchNormUncentered2d, nn.BatchNorm2d)):
+                layer.running_var.uniform_(0.05, 0.3, generator=generator)
+                layer.running_mean.normal_(0, 0.1, generator=generator)
+                layer.weight.uniform_(0.5, 1.5, generator=generator)
+                if layer.bias is not None:
+                    layer.bias.normal_(0, 0.3, generator=generator)
+    return network
+
+
+@pytest.mark.parametrize("norm", ["BatchNormUncentered2d", "BatchNorm2d"])
+@pytest.mark.parametrize("norm_bias", [False, True])
+@pytest.mark.parametrize("logit_bias", [None, -0.7])
+def test_contributions_and_bias_equal_the_frozen_network_pixel_by_pixel(norm, norm_bias, logit_bias):
+    torch.manual_seed(0)
+    network = randomise(TwoLayers(norm, norm_bias, logit_bias)).double().eval()
+    images = torch.rand(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    scale = network.norm.weight / (network.norm.running_var + network.norm.eps).sqrt()
+    shift = (network.norm.bias if norm_bias else 0) - (network.norm.running_mean * scale if norm == "BatchNorm2d" else 0)
+    scale, shift = scale.view(1, -1, 1, 1), (shift + torch.zeros(4)).view(1, -1, 1, 1)
+
+    def share(layer, x):
+        """|cos|^(B−1) of every unit, and which of its filters won."""
+        response = F.conv2d(x, layer.unit_weight(), padding=1).unflatten(1, (-1, layer.max_out))
+        best, winner = response.max(2)
+        return (best.abs() / layer.patch_norm(x) + 1e-6) ** (layer.b - 1), winner[:, :, None]
+
+    def applied(layer, x, cosine, winner):
+        response = F.conv2d(x, layer.unit_weight(), padding=1).unflatten(1, (-1, layer.max_out))
+        return response.gather(2, winner.expand(len(x), -1, -1, -1, -1)).squeeze(2) * cosine
+
+    answer = dynamic_linear(network, images, torch.tensor([1, 0]))
+    with torch.no_grad():
+        encoded = torch.cat([images, 1 - images], 1)
+        for n, target in enumerate((1, 0)):
+            x = encoded[n : n + 1]
+            frozen_first = share(network.first, x)
+            middle = applied(network.first, x, *frozen_first) * scale + shift
+            frozen_last = share(network.last, middle)
+
+            def logit(z, constant):  # the frozen network on any input
+                middle = applied(network.first, z, *frozen_first) * scale + constant * shift
+                return 2 * applied(network.last, middle, *frozen_last).mean((2, 3))[:, target] + constant * (logit_bias or 0)
+
+            one_pixel_each = torch.zeros(20, 6, 4, 5, dtype=torch.float64)
+            for pixel in range(20):
+                one_pixel_each[pixel, :, pixel // 5, pixel % 5] = x[0, :, pixel // 5, pixel % 5]
+            assert close(answer.contributions[n].flatten(), logit(one_pixel_each, 0), 1e-9)
+            assert torch.allclose(answer.bias[n], logit(torch.zeros_like(x), 1)[0], atol=1e-9)
+            assert torch.allclose(answer.logits[n, target], logit(x, 1)[0]) and torch.allclose(answer.logits[n], network(images)[n])
+
+
+@pytest.mark.parametrize("b", [1, 1.25, 2, 2.5])
+@pytest.mark.parametrize("options", [{}, dict(norm_bias=True), dict(norm="BatchNorm2d", norm_bias=True, logit_bias=0.4), dict(logit_bias=-1.5)])
+def test_contributions_and_bias_of_a_detector_sum_to_its_logit(b, options):
+    torch.manual_seed(0)
+    detector = randomise(create_detector("resnet10", b=b, width=0.125, stem="fine", **options)).eval()
+    images = torch.rand(3, 3, 32, 40, generator=torch.Generator().manual_seed(1))
+    target = torch.tensor([0, 1, 1])
+    answer = dynamic_linear(detector, images, target, tolerance=1e-4)
+    with torch.no_grad():
+        logits = detector(images)
+    total = answer.contributions.double().sum((1, 2)) + answer.bias.double()
+    logit = logits.double().gather(1, target[:, None])[:, 0]
+    assert torch.allclose(total, logit, rtol=1e-4, atol=1e-4) and torch.allclose(answer.logits, logits, atol=1e-5)
+    assert answer.weights.shape == answer.encoded.shape == (3, 6, 32, 40) and float(answer.error.max()) <= 1e-4
+    if set(options) <= {"logit_bias"}:
+        assert torch.allclose(answer.bias, torch.full((3,), options.get("logit_bias", 0.0)))
+    else:
+        assert float(answer.bias.abs().min()) > 1e-4
+
+
+class Plus(nn.Module):
+    def forward(self, x):
+        return x + 0.5
+
+
+def test_a_constant_that_nobody_reports_is_an_error_with_the_image_named():
+    detector = create_detector("resnet10", b=2, width=0.125).eval()
+    detector.pool = Plus()
+    with pytest.raises(RuntimeError, match=r"image \d misses its logit.*add_constant"):
+        dynamic_linear(detector, torch.rand(2, 3, 32, 32))
+    assert float(dynamic_linear(detector, torch.rand(2, 3, 32, 32), check=False).error.min()) > 1e-4
+    assert not any(getattr(layer, "is_explaining", False) for layer in detector.modules())
+
+
+def test_dynamic_linear_leaves_the_detector_as_it_was_and_works_in_no_grad():
+    detector = create_detector("resnet10", b=2, width=0.125).train()
+    detector.layer2.eval()
+    modes = [layer.training for layer in detector.modules()]
+    state = {name: value.clone() for name, value in detector.state_dict().items()}
+    with torch.no_grad():
+        answer = dynamic_linear(detector, torch.rand(2, 3, 32, 32))
+    assert modes == [layer.training for layer in detector.modules()]
+    assert all(torch.equal(value, state[name]) for name, value in detector.state_dict().items())
+    assert all(parameter.grad is None for parameter in detector.parameters())
+    assert not any(tensor.requires_grad for tensor in vars(answer).values())
+
+
+@pytest.mark.parametrize("target", [2, -1, torch.tensor([0, 1]), torch.tensor([0, 1, 2]), 0.5])
+def test_targets_that_are_no_class_are_refused(target):
+    with pytest.raises(ValueError, match="target"):
+        dynamic_linear(create_detector("resnet10", b=2, width=0.125), torch.rand(3, 3, 32, 32), target)
+
+
+# ---- explanation mode
+
+def slope(layer, x):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(layer(x).sum(), x)[0]
+
+
+def test_explanation_mode_nests_and_ends_where_it_began():
+    layer, x = BcosConv2d(3, 4, 3), rand(1, 3, 5, 5)
+    ordinary = slope(layer, x)
+    with explanation_mode(layer):
+        frozen = slope(layer, x)
+        with explanation_mode(layer):
+            assert torch.equal(slope(layer, x), frozen)
+        assert torch.equal(slope(layer, x), frozen)
+    assert torch.equal(slope(layer, x), ordinary) and not torch.allclose(frozen, ordinary)
+    response = F.conv2d(x, layer.unit_weight())
+    scaled = response * response.abs() / layer.patch_norm(x)  # B = 2, so y = ŵᵀx · |cos|: by hand
+    assert torch.allclose((frozen * x).sum(), scaled.sum(), rtol=1e-4)
+
+
+def test_inner_mode_keeps_its_constants_apart():
+    layer, outer, inner = BatchNormUncentered2d(3, bias=True), [], []
+    with explanation_mode(layer, outer):
+        with explanation_mode(layer, inner):
+            layer(rand(1, 3, 2, 2))
+        assert (len(outer), len(inner)) == (0, 1)
+        layer(rand(1, 3, 2, 2))
+    layer(rand(1, 3, 2, 2))
+    assert (len(outer), len(inner)) == (1, 1)
+
+
+def test_explanation_mode_and_evaluating_end_on_an_error():
+    network = nn.Sequential(BcosConv2d(3, 4, 3), BatchNormUncentered2d(4))
+    network[0].eval()
+    with pytest.raises(KeyError), explanation_mode(network, []), evaluating(network):
+        assert network[0].is_explaining and not network[1].training
+        raise KeyError("on purpose")
+    assert not any(layer.is_explaining or layer.constants is not None for layer in network)
+    assert network.training and network[1].training and not network[0].training
+
+
+def test_two_threads_explain_two_detectors_and_a_third_trains():
+    torch.manual_seed(0)
+    networks = [create_detector("resnet10", b=b, width=0.125).eval() for b in (1.25, 2, 2)]
+    images = torch.rand(2, 3, 32, 32)
+    alone = [dynamic_linear(network, images).weights for network in networks[:2]]
+    alone.append(slope(networks[2], images))
+    together, meeting = [[] for _ in networks], threading.Barrier(3)
+
+    def work(number):
+        for _ in range(4):
+            meeting.wait(30)
+            if number < 2:
+                together[number].append(dynamic_linear(networks[number], images).weights)
+            else:
+                together[number].append(slope(networks[2], images))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for number, expected in enumerate(alone):
+        assert len(together[number]) == 4
+        assert all(torch.allclose(got, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max())) for got in together[number])
+
+
+# ---- refusals
+
+@pytest.mark.parametrize("b", [0.5, 0, -1, float("nan"), float("inf"), "2", True, None])
+@pytest.mark.parametrize("layer", [lambda b: BcosConv2d(3, 4, 3, b=b), lambda b: BcosLinear(3, 4, b=b)])
+def test_exponents_below_one_are_refused(layer, b):
+    with pytest.raises(ValueError, match="at least 1"):
+        layer(b)
+
+
+@pytest.mark.parametrize("max_out", [0, -2])
+def test_a_unit_without_filters_is_refused(max_out):
+    with pytest.raises(ValueError, match=f"max_out={max_out}"):
+        BcosConv2d(3, 4, 3, max_out=max_out)
+    with pytest.raises(ValueError, match=f"max_out={max_out}"):
+        BcosLinear(3, 4, max_out=max_out)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_shares_outside_0_to_1_are_refused(share):
+    with pytest.raises(ValueError, match="zero_mean"):
+        BcosConv2d(3, 4, 3, zero_mean=share)
+
+
+def test_zero_mean_of_a_window_of_one_pixel_is_refused():
+    with pytest.raises(ValueError, match="zero_mean"):  # nothing would be left of such a filter but 0 / 0
+        BcosConv2d(3, 4, 1, zero_mean=0.5)
+
+
+def test_an_ordinary_network_has_no_explanation_mode():
+    with pytest.raises(ValueError, match="no B-cos layers.*create_detector"), explanation_mode(nn.Sequential(nn.Conv2d(3, 4, 3))):
+        pass
+
+
+def test_an_ordinary_detector_has_no_explanation_mode_and_no_dynamic_linear_map():
+    detector = create_detector("resnet10", width=0.125)
+    with pytest.raises(ValueError, match="(?i)b-cos"), explanation_mode(detector):
+        pass
+    with pytest.raises(ValueError, match="(?i)b-cos"):
+        dynamic_linear(detector, torch.rand(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    with pytest.raises(ValueError, match="logit_temperature"):
+        LogitLayer(temperature)
+
+
+def test_an_unknown_norm_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="BatchNormUncentered2d, BatchNorm2d"):
+        make_norm("LayerNorm", 4)
