@@ -23,7 +23,7 @@ from .faces import Scene, canonical_landmarks, film, noise_field, sample_identit
 TRACES = {
     "Deepfakes": dict(
         ratio=(0.5, 0.68),      # generator pixels per frame pixel
-        grid=(2.6, 3.6),        # pattern of the layer that writes the frame's pixels, deviation
+        grid=(3.0, 4.2),        # pattern of the layer that writes the frame's pixels, deviation
         checker=(0.8, 1.6),     # upsampling pattern inside the generator
         texture=(1.5, 3.0),     # the generator's own texture, fixed in its crop
         tint=1.5,               # colour mismatch, standard deviation per channel
@@ -32,7 +32,7 @@ TRACES = {
         noise=(0.5, 0.9),       # noise put back, share of the camera's
     ),
     "FaceSwap": dict(
-        grid=(2.6, 3.6),
+        grid=(3.0, 4.2),
         facets=(2.0, 4.0),      # flat shading of the mesh's triangles
         sharpen=(0.35, 0.75),   # overshoot of the texture lookup
         light=(3.0, 6.0),       # lighting gradient that does not match
@@ -43,7 +43,7 @@ TRACES = {
     ),
     "Face2Face": dict(
         ratio=(0.6, 0.8),       # texture pixels per frame pixel
-        grid=(2.6, 3.6),
+        grid=(3.0, 4.2),
         lines=(0.8, 1.6),       # scan lines of the texture, along the face
         period=(4.2, 6.0),      # of those lines
         texture=(1.5, 2.5),
@@ -53,7 +53,7 @@ TRACES = {
     ),
     "NeuralTextures": dict(
         ratio=(0.5, 0.7),
-        grid=(3.2, 4.4),        # more than the others, on a third of their area
+        grid=(3.6, 5.0),        # more than the others, on a third of their area
         checker=(0.8, 1.6),     # pattern of the rendering network
         period=(4.2, 6.0),
         texture=(1.5, 3.0),

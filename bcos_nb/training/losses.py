@@ -18,14 +18,14 @@ def class_weights(
     balance: Literal["weight", "none"] = "weight",  # "none": all frames count the same
 ) -> Tensor:  # [2], with mean 1 over the frames
     """N / (2 · N_class) for each class. Raises ValueError if a class is absent."""
+    if balance not in ("weight", "none"):
+        raise ValueError(f"balance={balance!r} is unknown. Choose one of: pairs, weight, none.")
     counts = torch.bincount(labels, minlength=2)
     if len(counts) != 2 or not bool((counts > 0).all()):
         raise ValueError(f"Training needs real and fake frames; the training split has {counts.tolist()} frames of the classes "
                          "(real, fake). Check the dataset's JSON and the split.")
     if balance == "none":
         return torch.ones(2)
-    if balance != "weight":
-        raise ValueError(f"balance={balance!r} is unknown. Choose one of: weight, none.")
     return len(labels) / (2 * counts.float())
 
 # %% ../../nbs/training/losses.ipynb #99048dc4
