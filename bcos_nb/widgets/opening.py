@@ -112,7 +112,7 @@ def train_taste(
         train, val = (load_frames(read_catalog(data, "FaceForensics++", split, "c23"), size, with_mask=False) for split in ("train", "val"))
         torch.manual_seed(0)
         detector = create_detector("resnet10", b=b, width=0.25, stem="fine")
-        history = fit(detector, train, val, FitConfig(epochs=epochs, batch_size=16, crop=crop), run)
+        history = fit(detector, train, val, FitConfig(epochs=epochs, batch_size=16, crop=crop, balance="pairs", b_start=1.25), run)
         parameters = {"arch": "resnet10", "b": b, "data": str(Path(data).resolve()), "dataset": "FaceForensics++", "compression": "c23", "image_size": size}
         (run / "params.json").write_text(json.dumps(parameters), encoding="utf-8")
         metrics = {"arch": "resnet10", "b": b, "val_auc": float(history.val_auc.max()), "epochs": len(history),
