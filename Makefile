@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lab bench notebooks export clean
+.PHONY: help ablation demo test test-all lab bench notebooks export clean
 
 help: ## list the commands
 	@echo "make <command>, where <command> is one of"
@@ -23,6 +23,9 @@ lab: $(STAMP) ## open JupyterLab on the exploring notebooks
 
 bench: $(STAMP) ## measure speed on this machine
 	@$(BIN)/python tests/bench.py
+
+ablation: $(STAMP) ## measure what each part of the training recipe does (half an hour)
+	@$(BIN)/python tests/ablation.py
 
 notebooks: $(STAMP) ## execute the library notebooks in place, so that their outputs are current
 	@$(BIN)/python tests/check.py --refresh

@@ -20,7 +20,7 @@ from bcos_nb.data import FrameDataset, Frames, forge_dataset, load_frames, read_
 from bcos_nb.data.augment import crop_and_flip
 from bcos_nb.models import create_detector, load_detector
 from bcos_nb.training import FitConfig, class_weights, cross_entropy, fit, make_config, make_optimizer, predict_logits, warmup_cosine
-from bcos_nb.training.loop import epoch_order
+from bcos_nb.training.loop import augmented, epoch_order
 
 NUMBERS = ["epoch", "train_loss", "grad_norm", "val_loss", "val_auc", "lr"]  # of the history, without the seconds
 
@@ -75,9 +75,9 @@ def auc_of(detector, frames):
 def test_learns_a_separable_problem(b, tmp_path):
     train, val = toy(240, 0), toy(80, 1)
     detector = tiny(b)
-    history = fit(detector, train, val, quick(epochs=3, crop=20), tmp_path, progress=False)
+    history = fit(detector, train, val, quick(epochs=6, crop=20), tmp_path, progress=False)
     assert auc_of(detector, val) > 0.95 and auc_of(detector, val) == pytest.approx(history["val_auc"].max(), abs=1e-3)
-    assert list(history["epoch"]) == [1, 2, 3] and list(history.columns) == [*NUMBERS, "seconds"] and history["seconds"].gt(0).all()
+    assert list(history["epoch"]) == [1, 2, 3, 4, 5, 6] and list(history.columns) == [*NUMBERS, "seconds"] and history["seconds"].gt(0).all()
     assert not detector.training
     assert torch.equal(predict_logits(detector, val), predict_logits(load_detector(tmp_path), val))
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "history.parquet"), history)
@@ -160,8 +160,8 @@ def test_same_seed_same_numbers_and_another_seed_others(tmp_path):
 
 def test_reduced_precision_trains_in_the_same_process(tmp_path):
     train, val = toy(64, 0), toy(30, 1)
-    full = fit(tiny(), train, val, quick(epochs=1), tmp_path / "full", progress=False)
-    reduced = fit(tiny(), train, val, quick(epochs=1, mixed_precision="bf16"), tmp_path / "reduced", progress=False)
+    full = fit(tiny(), train, val, quick(epochs=1, lr=1e-5), tmp_path / "full", progress=False)
+    reduced = fit(tiny(), train, val, quick(epochs=1, lr=1e-5, mixed_precision="bf16"), tmp_path / "reduced", progress=False)
     assert reduced["train_loss"][0] == pytest.approx(full["train_loss"][0], rel=0.1) and reduced["train_loss"][0] != full["train_loss"][0]
     assert all(value.dtype != torch.bfloat16 for value in load_file(tmp_path / "reduced" / "detector.safetensors").values())
 
@@ -431,3 +431,44 @@ def test_crops_are_squares_of_the_image_mirrored_every_other_time(height, width,
 def test_crops_that_do_not_fit_are_refused(size):
     with pytest.raises(ValueError, match=f"crop={size}"):
         crop_and_flip(torch.zeros(1, 3, 5, 7), size)
+
+
+def paired(count, seed):
+    """The toy's fakes, each with the real frame it was made from in the same split."""
+    real = toy(count, seed, classes=(0,))
+    stripes = real.images.clone()
+    stripes[:, :, 4:20, 4:20:4] = stripes[:, :, 4:20, 4:20:4] // 2 + 100
+    catalog = pd.concat([real.catalog, real.catalog.assign(frame="fake/" + real.catalog["frame"], label=1, source_frame=real.catalog["frame"])])
+    labels = torch.tensor(catalog["label"].to_numpy())
+    return Frames(torch.cat([real.images, stripes]), None, labels, list(catalog["video"]), catalog.reset_index(drop=True))
+
+
+def test_pairs_stand_side_by_side_and_are_cut_alike():
+    frames = paired(24, 0)
+    config = quick(balance="pairs", crop=16)
+    order = epoch_order(frames, 0, config)
+    table = frames.catalog
+    assert len(order) == 3 and sorted(i for batch in order for i in batch[:8].tolist()) == list(range(24, 48))
+    for batch in order:
+        fakes, reals = table.iloc[batch[:8].tolist()], table.iloc[batch[8:].tolist()]
+        assert (fakes["label"] == 1).all() and list(fakes["source_frame"]) == list(reals["frame"])
+    images = frames.images[order[0][8:]].float().repeat(2, 1, 1, 1)  # a "fake" equal to its source stays equal after the same crop and flip
+    fake, real = augmented(images, config, torch.Generator().manual_seed(0)).chunk(2)
+    assert fake.shape[2:] == (16, 16) and torch.equal(fake, real) and not torch.equal(fake, images[:8, :, :16, :16])
+
+
+def test_pairs_need_sources(tmp_path):
+    with pytest.raises(ValueError, match="balance='weight'"):
+        fit(tiny(), toy(40, 0), toy(20, 1), quick(balance="pairs"), tmp_path, progress=False)
+
+
+def test_exponent_rises_and_only_its_final_value_counts(tmp_path):
+    train, val = paired(32, 0), paired(16, 1)
+    seen = []
+    detector = tiny(b=2.5)
+    detector.fc.register_forward_hook(lambda layer, *_: seen.append(layer.b) if layer.training else None)
+    history = fit(detector, train, val, quick(epochs=4, balance="pairs", b_start=1.25, b_rise=0.5), tmp_path, progress=False)
+    steps = len(seen) // 2
+    assert seen[0] == 1.25 and seen == sorted(seen) and set(seen[steps:]) == {2.5} and len(set(seen[:steps])) > 2
+    assert {layer.b for layer in detector.modules() if hasattr(layer, "unit_weight")} == {2.5}
+    assert auc_of(detector, val) == pytest.approx(history["val_auc"][2:].max(), abs=1e-3)

@@ -20,7 +20,7 @@ from ..resources import resource_path
 SECTIONS: dict[str, set[str] | None] = {  # keys of each section; None: the section's consumer knows them
     "name": set(),
     "data": {"root", "dataset", "image_size", "frames_per_video", "forge"},
-    "detectors": {"arch", "b", "options"},
+    "detectors": {"arch", "b", "options", "training"},
     "training": None,
     "evaluation": {"compressions", "batch_size"},
     "games": {"explainers", "compression", "thresholds", "grids", "n", "min_confidence", "seed", "batch_size"},
@@ -74,7 +74,7 @@ def check_names(content: Mapping[str, Any], path: Path) -> None:
             raise ValueError(f"{path} lacks {key} in its section {section}. See data/presets/demo.yaml for a complete preset.")
 
 # %% ../../nbs/batch/presets.ipynb #c95012e4
-def detector_rows(preset: Mapping[str, Any]) -> list[dict]:  # arch, b, width, arch_options
+def detector_rows(preset: Mapping[str, Any]) -> list[dict]:  # arch, b, width, arch_options, and the settings in which its training differs
     """Every detector of a preset, B-cos ones first."""
     def listed(value):
         return value if isinstance(value, list) else [value]
@@ -84,7 +84,7 @@ def detector_rows(preset: Mapping[str, Any]) -> list[dict]:  # arch, b, width, a
         options = dict(entry.get("options") or {})
         width = options.pop("width", 1.0)
         for arch in listed(entry["arch"]):
-            rows += [{"arch": arch, "b": b, "width": width, "arch_options": options} for b in listed(entry.get("b"))]
+            rows += [{"arch": arch, "b": b, "width": width, "arch_options": options, "training": dict(entry.get("training") or {})} for b in listed(entry.get("b"))]
     return sorted(rows, key=lambda row: row["b"] is None)
 
 
@@ -103,6 +103,7 @@ def preset_jobs(
         training = dict(preset.get("training") or {})
         special = {True: training.pop("ordinary", None), False: training.pop("bcos", None)}
         training |= special[detector["b"] is None] or {}
+        training |= detector.pop("training")
         own = {key: training.pop(key) for key in ("compression", "seed") if key in training}
         job, = plan_jobs(notebook_of("train"), [{**shared, **detector, **own, "training": training}], runs / "train")
         trainings.append(job)

@@ -93,9 +93,9 @@ class FrameDataset(Dataset):
             side = [self.size, self.size]
             image = F.resize(image, side, antialias=True).as_subclass(Tensor)
             mask = F.resize(mask.as_subclass(Tensor), side, antialias=True) if mask is not None else None
-        item = dict(image=F.to_dtype(image, torch.float32, scale=True), label=int(self.labels[index]), video=self.videos[index], index=int(index))
+        item = dict(image=image.float().div_(255), label=int(self.labels[index]), video=self.videos[index], index=int(index))
         if mask is not None:
-            item["mask"] = F.to_dtype(mask, torch.float32, scale=True)
+            item["mask"] = mask.float().div_(255)
         return item
 
 # %% ../../nbs/data/frames.ipynb #ababced0

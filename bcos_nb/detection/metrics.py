@@ -32,7 +32,7 @@ def detection_metrics(
         bad = int(np.flatnonzero(~((probabilities >= 0) & (probabilities <= 1)))[0])
         raise ValueError(f"p(fake) of frame {bad} is {probabilities[bad]}; it must lie in [0, 1]. The detector may have diverged.")
     called = (probabilities >= threshold).astype(int)
-    false_alarm, hit, _ = metrics.roc_curve(labels, probabilities)
+    false_alarm, hit, _ = metrics.roc_curve(labels, probabilities, drop_intermediate=False)
     crossing = np.nanargmin(np.abs(false_alarm - (1 - hit)))
     return dict(
         auc=float(metrics.roc_auc_score(labels, probabilities)),

@@ -154,6 +154,8 @@ class BcosConv2d(DynamicLinearModule, nn.Conv2d):
         if not 0 <= zero_mean <= 1:
             raise ValueError(f"zero_mean={zero_mean} is a share of the units; give a number from 0 to 1.")
         super().__init__(in_channels, out_channels * max_out, kernel_size, stride, padding, dilation, groups, bias=False)
+        if zero_mean and self.kernel_size == (1, 1):
+            raise ValueError(f"zero_mean={zero_mean}: a 1 × 1 filter without its mean is nothing. Use a larger window, or zero_mean=0.")
         self.b, self.max_out, self.zero_mean = check_b(b), max_out, zero_mean
         self.centred = round(out_channels * zero_mean) * max_out  # the first so many filters
 
@@ -174,7 +176,7 @@ class BcosConv2d(DynamicLinearModule, nn.Conv2d):
             window = x.new_ones(self.groups, 1, *self.kernel_size)
             if self.kernel_size == (1, 1) and self.padding == (0, 0):
                 energy = energy[..., :: self.stride[0], :: self.stride[1]]
-            elif self.dilation == (1, 1):
+            elif self.dilation == (1, 1) and all(2 * p <= k for p, k in zip(self.padding, self.kernel_size)):
                 size = window[0, 0].numel()
                 energy = F.avg_pool2d(energy, self.kernel_size, self.stride, self.padding) * size
             else:

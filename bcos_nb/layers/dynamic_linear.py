@@ -27,7 +27,7 @@ def explanation_mode(
     Raises ValueError for a network that has no B-cos layers.
     """
     layers = [layer for layer in detector.modules() if isinstance(layer, DynamicLinearModule)]
-    if not layers:
+    if not layers or getattr(detector, "is_bcos", True) is False:
         raise ValueError(f"{type(detector).__name__} has no B-cos layers, so it is no dynamic linear map. "
                          "Build it with create_detector(arch, b=2), or explain it with a CAM method.")
     before = [(layer.is_explaining, layer.constants) for layer in layers]

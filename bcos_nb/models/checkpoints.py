@@ -64,7 +64,10 @@ def load_detector(
         if not needed.is_file():
             raise FileNotFoundError(f"{needed} is not there. A saved detector is two files, {path.name} and {recipe.name}; "
                                     "a run that was cut off has neither: start it again and it goes on.")
-    detector = create_detector(**json.loads(recipe.read_text(encoding="utf-8")))
+    try:
+        detector = create_detector(**json.loads(recipe.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{recipe} does not say how to build a detector ({error}). Copy it again, or train the detector again.") from error
     try:
         state = load_file(path)
     except SafetensorError as error:

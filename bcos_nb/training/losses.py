@@ -22,8 +22,8 @@ def class_weights(
         raise ValueError(f"balance={balance!r} is unknown. Choose one of: pairs, weight, none.")
     counts = torch.bincount(labels, minlength=2)
     if len(counts) != 2 or not bool((counts > 0).all()):
-        raise ValueError(f"Training needs real and fake frames; the training split has {counts.tolist()} frames of the classes "
-                         "(real, fake). Check the dataset's JSON and the split.")
+        raise ValueError(f"Training needs real and fake frames in its training and in its validation split; one of them has "
+                         f"{counts.tolist()} frames of the classes (real, fake). Check the dataset's JSON and the split.")
     if balance == "none":
         return torch.ones(2)
     return len(labels) / (2 * counts.float())
