@@ -102,8 +102,8 @@ def notebooks_execute():
 
 def pytest_passes(slow):
     """Runs pytest, its output shown as it comes; gives its faults and its last line."""
-    command = [sys.executable, "-m", "pytest", "tests", "--durations=5", "-m", "" if slow else "not slow"]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "pytest", "tests", "-n", str(min(cores(), 8)), "--dist", "loadfile", "--durations=5", "-m", "" if slow else "not slow"]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ONE_THREAD | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = []
     for line in process.stdout:
         print(line, end="", flush=True)
@@ -120,7 +120,8 @@ def refresh():
     while waiting or running:
         while waiting and len(running) < min(cores(), 8):
             path = waiting.pop(0)
-            command = [BIN / "jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", "--log-level=ERROR", path.name]
+            command = [BIN / "jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", "--log-level=ERROR",
+                       "--ExecutePreprocessor.store_widget_state=False", path.name]
             running[path] = subprocess.Popen(command, cwd=path.parent, env=os.environ | ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for path, process in list(running.items()):
             try:
