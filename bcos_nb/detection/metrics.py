@@ -10,6 +10,7 @@ from typing import Sequence
 
 import numpy as np
 import pandas as pd
+import torch
 from sklearn import metrics
 
 from ..training.loop import predict_logits
@@ -50,9 +51,11 @@ def score_frames(
     *,
     batch_size: int = 64,
     progress: bool = False,  # show a progress bar
+    logits: torch.Tensor | None = None,  # of these frames, [N, 2], if they are known already
 ) -> pd.DataFrame:  # frame, video, label, method, probability, logit_real, logit_fake
     """The detector's logits and p(fake) for every frame, in the catalogue's order."""
-    logits = predict_logits(detector, frames, batch_size=batch_size, progress=progress)
+    if logits is None:
+        logits = predict_logits(detector, frames, batch_size=batch_size, progress=progress)
     table = frames.catalog[["frame", "video", "label", "method"]].reset_index(drop=True).copy()
     table["probability"] = logits.double().softmax(1)[:, 1].numpy()
     table["logit_real"], table["logit_fake"] = logits[:, 0].numpy(), logits[:, 1].numpy()
