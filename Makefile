@@ -24,7 +24,7 @@ lab: $(STAMP) ## open JupyterLab on the exploring notebooks
 bench: $(STAMP) ## measure speed on this machine
 	@$(BIN)/python tests/bench.py
 
-ablation: $(STAMP) ## measure what each part of the training recipe does (half an hour)
+ablation: $(STAMP) ## measure what each part of the training recipe does (a quarter of an hour on 2 cores)
 	@$(BIN)/python tests/ablation.py
 
 notebooks: $(STAMP) ## execute the library notebooks in place, so that their outputs are current
