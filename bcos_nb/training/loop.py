@@ -123,7 +123,7 @@ def b_at(
     config: FitConfig,
 ) -> float:
     """The exponent at a step: from `b_start` in quarters up to B over the first `b_rise` of all steps."""
-    if config.b_start is None or config.b_start >= b or step >= config.b_rise * steps:
+    if config.b_start is None or config.b_start >= b or step >= min(config.b_rise * steps, steps - 1):
         return b
     quarters = int(4 * (b - config.b_start)) + 1
     return config.b_start + 0.25 * int(quarters * step / (config.b_rise * steps))

@@ -260,9 +260,8 @@ class ThresholdExplorer(widgets.VBox):
         self.verdict.value = verdict(row, self.view, self.frame.value, len(self.rows))
         with self.curves.batch_update():
             for line, name in zip(self.curves.data, SCORE_COLOURS):
-                line.y = self.view.scores[name]
-            area = math.nan if self.view.inside is None else float(self.view.inside.mean())
-            self.curves.data[2].y = [area, area]
+                line.y = self.view.scores[name] if self.view.inside is not None else []  # NaN is not JSON
+            self.curves.data[2].y = [float(self.view.inside.mean())] * 2 if self.view.inside is not None else []
         self.show_threshold()
 
     def score(
@@ -286,7 +285,7 @@ class ThresholdExplorer(widgets.VBox):
             for name, value in scores.items()) + "</div>"
         with self.curves.batch_update():
             self.curves.data[3].x = self.curves.data[4].x = [STEPS[at], STEPS[at]]
-            self.curves.data[4].y = list(scores.values())
+            self.curves.data[4].y = [None if math.isnan(score) else score for score in scores.values()]
 
 
 def spelled(
