@@ -369,6 +369,9 @@ def run_jobs(
             "Give a ProcessPoolExecutor, a Dask client's get_executor(), or None."
         )
     results = {job.run_dir: {"status": "skipped", "seconds": 0.0, "error": ""} for job in jobs if is_complete(job.run_dir)}
+    for run_dir in results:  # a worker killed between its last two steps leaves the lock of a run that is complete
+        if (run_dir / "lock").exists() and is_stale(read_json(run_dir / "lock")):
+            (run_dir / "lock").unlink(missing_ok=True)
     waiting = [job for job in jobs if job.run_dir not in results]
     if waiting:
         kernels = list(kernels or install_kernels())
