@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DynamicLinearModule', 'check_b', 'in_full_precision', 'max_out_units', 'scale_by_cosine', 'power', 'FusedMaxOutScale',
-           'BcosConv2d', 'BcosLinear']
+           'norm_of_winner', 'check_units', 'BcosConv2d', 'own_options', 'BcosLinear']
 
 # %% ../../nbs/layers/bcos.ipynb #7462581f
 import torch
@@ -25,14 +25,20 @@ class DynamicLinearModule(nn.Module):
 
     def add_constant(
         self,
-        x: Tensor,         # activations, [N, C, ...]
-        constant: Tensor,  # one value a channel, [C]
-    ) -> Tensor:  # x + constant, [N, C, ...]
-        """Adds a constant a channel. On the tape it is one leaf a sample, so its share of a logit can be read off."""
-        shape = (1, -1) + (1,) * (x.ndim - 2)
+        x: Tensor,         # activations, [N, ...]
+        constant: Tensor,  # one value a channel, [C]; or with more dimensions, broadcast to x as it is
+        dim: int = 1,      # where the channels of x are: 1 for feature maps, -1 for tokens
+    ) -> Tensor:  # x + constant, shaped as x
+        """Adds a constant. On the tape it is one leaf a sample, so its share of a logit can be read off."""
+        if constant.ndim == 1:
+            shape = [1] * x.ndim
+            shape[dim] = -1
+            constant = constant.view(shape)
+        else:
+            constant = constant[(None,) * (x.ndim - constant.ndim)]
         if self.constants is None:
-            return x + self.dynamic(constant).view(shape)
-        leaf = constant.detach().view(shape).repeat(len(x), *[1] * (x.ndim - 1)).requires_grad_()
+            return x + self.dynamic(constant)
+        leaf = constant.detach().expand(len(x), *constant.shape[1:]).clone().requires_grad_()
         self.constants.append(leaf)
         return x + leaf
 
@@ -132,8 +138,32 @@ class FusedMaxOutScale(torch.autograd.Function):
         return to_response, to_norm, None, None
 
 # %% ../../nbs/layers/bcos.ipynb #ae4e1845
+def norm_of_winner(
+    response: Tensor,  # of every weight vector, max_out neighbours a unit
+    norms: Tensor,     # of the weight vectors, [units · max_out]
+    max_out: int,
+    dim: int,          # the dimension of the weight vectors in the response
+) -> Tensor:  # the norm of the weight vector that MaxOut keeps, broadcastable to its responses
+    """‖w‖ of the weight vector behind each unit's response."""
+    shape = [1] * response.ndim
+    shape[dim] = -1
+    if max_out == 1:
+        return norms.view(shape)
+    at = dim + 1 if dim >= 0 else dim
+    winner = response.unflatten(dim, (-1, max_out)).argmax(at, keepdim=True)
+    norms = norms.view(shape).unflatten(dim, (-1, max_out)).expand_as(response.unflatten(dim, (-1, max_out)))
+    return norms.gather(at, winner).squeeze(at)
+
+
+def check_units(max_out: int) -> int:
+    """Refuses units without weight vectors."""
+    if max_out < 1:
+        raise ValueError(f"max_out={max_out}: a unit needs at least one weight vector; 1 means no MaxOut.")
+    return max_out
+
+# %% ../../nbs/layers/bcos.ipynb #52591902
 class BcosConv2d(DynamicLinearModule, nn.Conv2d):
-    """B-cos convolution without bias: [N, C, H, W] to [N, out_channels, H', W'] (Böhle et al. 2022, eq. 3 and section 3.1)."""
+    """B-cos convolution: [N, C, H, W] to [N, out_channels, H', W'] (Böhle et al. 2022, eq. 3 and section 3.1)."""
 
     def __init__(
         self,
@@ -141,31 +171,41 @@ class BcosConv2d(DynamicLinearModule, nn.Conv2d):
         out_channels: int,  # units after MaxOut
         kernel_size: int | tuple[int, int] = 1,
         stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,   # zeros around the input
+        padding: int | tuple[int, int] | str = 0,  # around the input
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
+        padding_mode: str = "zeros",  # or "reflect", "replicate", "circular"
         *,
         b: float = 2,             # the exponent B, at least 1
         max_out: int = 1,         # filters a unit, of which the largest response is kept
         zero_mean: float = 0.0,   # share of the units whose filters have zero mean over the window
+        unit_norm: bool = True,   # divide the filters by their norms; without, B = 1 is the plain convolution
+        bias: bool = False,       # a learnt constant a unit, 0 at first
     ):
-        if max_out < 1:
-            raise ValueError(f"max_out={max_out}: a unit needs at least one filter; 1 means no MaxOut.")
+        check_units(max_out)
         if not 0 <= zero_mean <= 1:
             raise ValueError(f"zero_mean={zero_mean} is a share of the units; give a number from 0 to 1.")
-        super().__init__(in_channels, out_channels * max_out, kernel_size, stride, padding, dilation, groups, bias=False)
+        super().__init__(in_channels, out_channels * max_out, kernel_size, stride, padding, dilation, groups, False, padding_mode)
         if zero_mean and self.kernel_size == (1, 1):
             raise ValueError(f"zero_mean={zero_mean}: a 1 × 1 filter without its mean is nothing. Use a larger window, or zero_mean=0.")
-        self.b, self.max_out, self.zero_mean = check_b(b), max_out, zero_mean
+        self.b, self.max_out, self.zero_mean, self.unit_norm = check_b(b), max_out, zero_mean, unit_norm
         self.centred = round(out_channels * zero_mean) * max_out  # the first so many filters
+        self.padding = (0, 0) if padding == "valid" else self.padding
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_channels))
 
-    def unit_weight(self) -> Tensor:
-        """The filters as applied: [out_channels · max_out, C / groups, kh, kw], each of norm 1."""
+    def filters(self) -> Tensor:
+        """The filters before they are normalised: `weight`, the first ones without their means."""
         weight = in_full_precision(self.weight)
         if self.centred:
             head, rest = weight[: self.centred], weight[self.centred :]
             weight = torch.cat([head - head.mean((2, 3), keepdim=True), rest])
-        return weight / torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
+        return weight
+
+    def unit_weight(self) -> Tensor:
+        """The filters with norm 1: [out_channels · max_out, C / groups, kh, kw]."""
+        filters = self.filters()
+        return filters / torch.linalg.vector_norm(filters, dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
 
     def patch_norm(self, x: Tensor) -> Tensor:
         """‖x‖ of the patch under each output position, in float32: [N, 1 or out_channels, H', W']."""
@@ -173,35 +213,51 @@ class BcosConv2d(DynamicLinearModule, nn.Conv2d):
             x = in_full_precision(x)
             groups = x.unflatten(1, (self.groups, -1)) if self.groups > 1 else x.unsqueeze(1)
             energy = groups.square().sum(2)
-            window = x.new_ones(self.groups, 1, *self.kernel_size)
-            if self.kernel_size == (1, 1) and self.padding == (0, 0):
+            padding = self.padding
+            if self.padding_mode != "zeros":
+                energy, padding = F.pad(energy, self._reversed_padding_repeated_twice, self.padding_mode), (0, 0)
+            if self.kernel_size == (1, 1) and padding == (0, 0):
                 energy = energy[..., :: self.stride[0], :: self.stride[1]]
-            elif self.dilation == (1, 1) and all(2 * p <= k for p, k in zip(self.padding, self.kernel_size)):
-                size = window[0, 0].numel()
-                energy = F.avg_pool2d(energy, self.kernel_size, self.stride, self.padding) * size
+            elif self.dilation == (1, 1) and padding != "same" and all(2 * p <= k for p, k in zip(padding, self.kernel_size)):
+                size = self.kernel_size[0] * self.kernel_size[1]
+                energy = F.avg_pool2d(energy, self.kernel_size, self.stride, padding) * size
             else:
-                energy = F.conv2d(energy, window, None, self.stride, self.padding, self.dilation, self.groups)
+                window = x.new_ones(self.groups, 1, *self.kernel_size)
+                energy = F.conv2d(energy, window, None, self.stride, padding, self.dilation, self.groups)
             norm = (energy + 1e-6).sqrt()
         if self.groups > 1:
             norm = norm.repeat_interleave(self.out_channels // self.max_out // self.groups, dim=1)
         return norm
 
-    def forward(self, x: Tensor) -> Tensor:
-        response = F.conv2d(x, self.unit_weight().to(x.dtype), None, self.stride, self.padding, self.dilation, self.groups)
+    def transform(self, x: Tensor) -> Tensor:
+        """The B-cos transform of x, without bias."""
+        filters = self.unit_weight() if self.unit_norm else self.filters()
+        response = self._conv_forward(x, filters.to(x.dtype), None)
         if self.b == 1:
             return max_out_units(response, self.max_out, 1)
         norm = self.patch_norm(x)
+        if not self.unit_norm:
+            norm = norm * norm_of_winner(response, torch.linalg.vector_norm(filters, dim=(1, 2, 3)).clamp_min(1e-12), self.max_out, 1)
         if not self.is_explaining and self.max_out <= 2 and response.dtype == norm.dtype:
             return FusedMaxOutScale.apply(response, norm, self.b, self.max_out)
         return scale_by_cosine(self, max_out_units(response, self.max_out, 1), norm, self.b)
 
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.transform(x)
+        return out if self.bias is None else self.add_constant(out, self.bias)
+
     def extra_repr(self) -> str:
-        options = "".join(f", {name}={getattr(self, name)}" for name in ("max_out", "zero_mean") if getattr(self, name) not in (1, 0))
-        return f"{super().extra_repr()}, b={self.b}{options}"
+        return super().extra_repr() + own_options(self)
+
+
+def own_options(layer: nn.Module) -> str:
+    """What a B-cos layer has besides the options of its ordinary form, for its `repr`."""
+    usual = dict(max_out=1, zero_mean=0, unit_norm=True)
+    return f", b={layer.b}" + "".join(f", {name}={getattr(layer, name)}" for name in usual if getattr(layer, name, usual[name]) != usual[name])
 
 # %% ../../nbs/layers/bcos.ipynb #78c3ff1c
 class BcosLinear(DynamicLinearModule, nn.Linear):
-    """B-cos linear layer without bias: [..., in_features] to [..., out_features] (Böhle et al. 2022, eq. 3)."""
+    """B-cos linear layer: [..., in_features] to [..., out_features] (Böhle et al. 2022, eq. 3)."""
 
     def __init__(
         self,
@@ -210,24 +266,34 @@ class BcosLinear(DynamicLinearModule, nn.Linear):
         *,
         b: float = 2,      # the exponent B, at least 1
         max_out: int = 1,  # weight vectors a unit, of which the largest response is kept
+        unit_norm: bool = True,  # divide the weight vectors by their norms; without, B = 1 is the plain linear layer
+        bias: bool = False,      # a learnt constant a unit, 0 at first
     ):
-        if max_out < 1:
-            raise ValueError(f"max_out={max_out}: a unit needs at least one weight vector; 1 means no MaxOut.")
-        super().__init__(in_features, out_features * max_out, bias=False)
-        self.b, self.max_out = check_b(b), max_out
+        super().__init__(in_features, out_features * check_units(max_out), bias=False)
+        self.b, self.max_out, self.unit_norm = check_b(b), max_out, unit_norm
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features))
 
     def unit_weight(self) -> Tensor:
-        """The weight vectors as applied: [out_features · max_out, in_features], each of norm 1."""
+        """The weight vectors with norm 1: [out_features · max_out, in_features]."""
         weight = in_full_precision(self.weight)
-        return weight / torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+        return weight / torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(1e-12)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The B-cos transform of x, without bias."""
+        weight = self.unit_weight() if self.unit_norm else in_full_precision(self.weight)
+        response = F.linear(x, weight.to(x.dtype))
+        kept = max_out_units(response, self.max_out, -1)
+        if self.b == 1:
+            return kept
+        norm = torch.linalg.vector_norm(in_full_precision(x), dim=-1, keepdim=True) + 1e-12
+        if not self.unit_norm:
+            norm = norm * norm_of_winner(response, torch.linalg.vector_norm(weight, dim=1).clamp_min(1e-12), self.max_out, -1)
+        return scale_by_cosine(self, kept, norm, self.b)
 
     def forward(self, x: Tensor) -> Tensor:
-        response = F.linear(x, self.unit_weight().to(x.dtype))
-        response = max_out_units(response, self.max_out, -1)
-        if self.b == 1:
-            return response
-        norm = torch.linalg.vector_norm(in_full_precision(x), dim=-1, keepdim=True) + 1e-12
-        return scale_by_cosine(self, response, norm, self.b)
+        out = self.transform(x)
+        return out if self.bias is None else self.add_constant(out, self.bias, dim=-1)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, b={self.b}" + (f", max_out={self.max_out}" if self.max_out > 1 else "")
+        return super().extra_repr() + own_options(self)
