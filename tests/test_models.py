@@ -19,7 +19,7 @@ from bcos_nb.layers import BatchNorm2d, BatchNormUncentered2d, dynamic_linear, e
 from bcos_nb.models import Detector, create_detector, list_detectors, load_detector, register_detector, save_detector
 from bcos_nb.models.checkpoints import write_atomically
 from bcos_nb.models.detector import BUILDERS
-from bcos_nb.models.resnet import cosine_basis, start_with_energy
+from bcos_nb.models.parts import cosine_basis, start_with_energy
 
 RESNETS = ["resnet10", "resnet18", "resnet34"]
 CAMS = ["gradcam", "gradcam++", "xgradcam", "layercam"]
@@ -213,7 +213,7 @@ def test_the_energy_stem_starts_as_pairs_of_opposite_luminance_filters(max_out, 
         pairs = weight[: detector.conv1.centred].flatten(1).unflatten(0, (-1, 2))
         return (pairs[:, 0] * pairs[:, 1]).sum(1)
 
-    options = dict(width=0.25, max_out=max_out, zero_mean=zero_mean)
+    options = dict(width=0.25, max_out=max_out, stem_max_out=max_out, zero_mean=zero_mean)
     torch.manual_seed(0)
     with_energy, without = create_detector("resnet10", b=2, **options), create_detector("resnet10", b=2, energy_stem=False, **options)
     assert with_energy.conv1.centred == round(16 * zero_mean) * max_out
