@@ -13,15 +13,16 @@ from bcos.modules import BcosConv2d as ReferenceConv
 from bcos.modules import norms as reference_norms
 from scipy.fft import idctn
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from bcos_nb.explainers import explain, explain_many
-from bcos_nb.layers import BatchNorm2d, BatchNormUncentered2d, dynamic_linear, explanation_mode
+from bcos_nb.layers import BatchNorm2d, BatchNormUncentered2d, BcosConv2d, dynamic_linear, explanation_mode
 from bcos_nb.models import Detector, create_detector, list_detectors, load_detector, register_detector, save_detector
 from bcos_nb.models.checkpoints import write_atomically
-from bcos_nb.models.detector import BUILDERS
+from bcos_nb.models.detector import BUILDERS, study_norms
 from bcos_nb.models.parts import cosine_basis, start_with_energy
 
-RESNETS = ["resnet10", "resnet18", "resnet34"]
+RESNETS = ["resnet10", "resnet18", "resnet34", "resnet50"]
 CAMS = ["gradcam", "gradcam++", "xgradcam", "layercam"]
 
 
@@ -291,14 +292,58 @@ def test_explanations_that_an_ordinary_detector_cannot_give_are_refused():
 
 
 def test_a_registered_detector_is_listed_and_built():
-    @register_detector("tiny")
-    def tiny(b, width, image_size, norm, norm_bias, logit_bias, logit_temperature, depth=1):
-        return create_detector("resnet10", b=b, width=width)
+    @register_detector("tiny", defaults=dict(max_out=3), study=lambda b: dict(max_out=1, depth=7))
+    def tiny(parts, width, image_size, logit_bias, logit_temperature, depth=1):
+        detector = create_detector("resnet10", b=parts.b, width=width)
+        detector.seen = (parts.max_out, depth)
+        return detector
 
     assert "tiny" in list_detectors() and create_detector("tiny", b=2, width=0.125, depth=2).arch == "tiny"
+    assert create_detector("tiny", b=2).seen == (3, 1) and create_detector("tiny").seen == (2, 1)
+    assert create_detector("tiny", b=2, variant="study").seen == (1, 7) and create_detector("tiny", b=2, variant="study", depth=2, max_out=4).seen == (4, 2)
     with pytest.raises(ValueError, match="no option breadth.*depth"):
         create_detector("tiny", breadth=2)
     del BUILDERS["tiny"]
+
+
+# ---- the study's form
+
+CHOSEN = {1.25: ("BatchNorm2d", False), 1.75: ("GNInstanceNormUncentered2d", False), 2: ("GNInstanceNormUncentered2d", False), 2.5: ("BatchNormUncentered2d", False)}
+
+
+@pytest.mark.parametrize("b", CHOSEN)
+def test_the_studys_resnet_has_the_norms_of_its_table_and_nothing_of_ours(b):
+    detector = create_detector("resnet34", b=b, variant="study", width=0.125)
+    assert (type(detector.bn1).__name__, detector.bn1.bias is not None) == CHOSEN[b]
+    assert detector.conv1.max_out == 1 and detector.conv1.zero_mean == 0 and detector.conv1.kernel_size == (7, 7)
+    assert all(layer.max_out == 1 and layer.unit_norm for layer in detector.modules() if isinstance(layer, BcosConv2d))
+    assert detector.logit_layer.logit_temperature == 1 and not detector.logit_layer.logit_bias
+    again = create_detector(**detector.arguments)
+    assert again.arguments == detector.arguments and str(again) == str(detector)
+
+
+def test_the_studys_norm_at_another_exponent_is_that_of_the_nearest_searched_one():
+    assert study_norms("resnet34", 1.1) == dict(norm="BatchNorm2d", norm_bias=False)
+    assert study_norms("vitc_ti", 1.8) == dict(norm="DetachableLayerNorm", norm_bias=False, norm_2d="BatchNorm2d", norm_2d_bias=True)
+    assert study_norms("xception", 2) == study_norms("vgg16", 2) == {}
+
+
+def test_an_option_that_is_given_holds_in_the_studys_form():
+    detector = create_detector("resnet10", b=2, variant="study", width=0.125, norm="AllNorm2d", max_out=2)
+    assert type(detector.bn1).__name__ == "AllNorm2d" and detector.layer1[0].conv1.max_out == 2
+
+
+@pytest.mark.parametrize("b", [None, 1.75])
+def test_resnet50_and_stochastic_depth(b):
+    torch.manual_seed(0)
+    detector = create_detector("resnet50", b=b, width=0.125, stochastic_depth=0.4)
+    drops = [module.p for module in detector.modules() if isinstance(module, StochasticDepth)]
+    assert len(drops) == 15 and drops[-1] == pytest.approx(0.4) and drops == sorted(drops)  # the first block's is 0
+    batch = images(4)
+    assert not torch.equal(detector.train()(batch), detector(batch))
+    plain = create_detector("resnet50", b=b, width=0.125).eval()
+    plain.load_state_dict(detector.state_dict())
+    assert torch.equal(detector.eval()(batch), plain(batch))
 
 
 # ---- damaged and missing files

@@ -168,8 +168,8 @@ def create_detector(
         given = builder.defaults | (builder.study(b) if variant == "study" else {}) | given
     parts = Parts(b, **{name: value for name, value in given.items() if name in OF_PARTS})
     own = {name: value for name, value in given.items() if name not in OF_PARTS}
-    built = dict(width=width, image_size=image_size, logit_bias=logit_bias, logit_temperature=logit_temperature)
-    detector = builder.build(parts, **{**own, **{name: value for name, value in built.items() if value is not None or name not in own}})
+    built = {name: value for name, value in zip(BUILT, (width, image_size, logit_bias, logit_temperature)) if value is not None}
+    detector = builder.build(parts, **{**dict.fromkeys(BUILT), **own, **built})
     detector.arch = arch
-    detector.arguments = dict(arch=arch, b=b, variant=variant, **{name: value for name, value in built.items() if value is not None}, **given)
+    detector.arguments = dict(arch=arch, b=b, variant=variant) | given | built
     return detector
