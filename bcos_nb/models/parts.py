@@ -118,7 +118,7 @@ class Parts:
         """A norm of feature maps, [N, channels, H, W] to the same; `nn.BatchNorm2d` in the ordinary form."""
         if not self.is_bcos:
             return nn.BatchNorm2d(channels, eps)
-        return make_norm(self.norm_name, channels, self.norm_bias, **({} if eps == 1e-5 else dict(eps=eps)))
+        return make_norm(self.norm_name, channels, self.norm_bias, eps=eps)
 
     def activation(self, ordinary: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
         """`ordinary()` in the ordinary form; in the B-cos form nothing, unless one is kept."""
