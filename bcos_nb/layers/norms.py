@@ -33,9 +33,9 @@ def batch_moments(
         return mean, (x - mean.view(1, -1, 1, 1)).square_().mean((0, 2, 3))
     channels = x.shape[1]
     count = x.numel() // channels
-    parts = 1
-    if count > 1024:  # 4096 sums at a time stay in the cache
-        parts = max(size for size in range(1, max(4096 // channels, 1) + 1) if count % size == 0)
+    if count <= 1024:
+        return torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
+    parts = max(size for size in range(1, max(4096 // channels, 1) + 1) if count % size == 0)  # 4096 sums at a time stay in the cache
     rows = x.permute(0, 2, 3, 1).reshape(1, count // parts, 1, parts * channels).permute(0, 3, 1, 2)
     means, variances = torch.ops.aten.batch_norm_update_stats(rows, None, None, 0.0)
     return joined(means.view(parts, channels), variances.view(parts, channels), 0)
@@ -65,13 +65,13 @@ def affine(
     x: Tensor,      # [N, C, H, W]
     scale: Tensor,  # [C] or [1]
     shift: Tensor,  # [C] or [1]
+    out: Tensor | None = None,  # written to, if given
 ) -> Tensor:  # x · scale + shift, channel by channel
-    """One pass over memory in either layout."""
-    channels = x.shape[1]
-    if x.device.type == "cpu" and x.is_contiguous() and channels > 1:  # torch's kernel for evaluation
-        zero, one = scale.new_zeros(channels), scale.new_ones(channels)
-        return torch.batch_norm(x, scale.expand(channels).contiguous(), shift.expand(channels).contiguous(), zero, one, False, 0.0, 0.0, False)
-    return torch.addcmul(shift.view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1))
+    """Two passes over memory where the channels are planes, for which torch's `addcmul` is slow; else one."""
+    scale, shift = scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
+    if x.device.type == "cpu" and x.is_contiguous():
+        return torch.mul(x, scale, out=out).add_(shift)
+    return torch.addcmul(shift, x, scale, out=out)
 
 
 class FusedScaleByDeviation(torch.autograd.Function):
@@ -90,15 +90,15 @@ class FusedScaleByDeviation(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         x, weight, mean, inverse = ctx.saved_tensors
         scale, count = weight * inverse, x.numel() // mean.numel()
+        dims = (0, 2, 3) if len(mean) == x.shape[1] else (0, 1, 2, 3)
         product = (x - mean.view(1, -1, 1, 1)).mul_(gradient) if ctx.centres else gradient * x
-        to_scale = product.sum((0, 2, 3)).view(len(mean), -1).sum(1)
-        del product
-        slope = -to_scale * weight * inverse**3 / count
+        to_weight = product.sum(dims).view(-1) * inverse
+        slope = to_weight * scale * inverse / -count
         shift = -mean * slope
         if ctx.centres:
-            shift = shift - scale * gradient.sum((0, 2, 3)).view(len(mean), -1).sum(1) / count
-        to_x = affine(x, slope, shift).addcmul_(gradient, scale.view(1, -1, 1, 1))
-        return to_x, to_scale * inverse, None, None, None, None
+            shift = shift - gradient.sum(dims).view(-1) * scale / count
+        to_x = affine(x, slope, shift, out=product).addcmul_(gradient, scale.view(1, -1, 1, 1))
+        return to_x, to_weight, None, None, None, None
 
 
 class BatchNormUncentered2d(DynamicLinearModule, nn.BatchNorm2d):
