@@ -113,6 +113,7 @@ CHAIN = (("Mixed_5b", block_a(32), False), ("Mixed_5c", block_a(64), False), ("M
          ("Mixed_7a", BLOCK_D, True), ("Mixed_7b", BLOCK_E, False), ("Mixed_7c", BLOCK_E, False))  # name, branches, whether it halves
 
 
+@register_detector("inception_v3", study=dict(max_out=1, zero_mean=0.0, energy_stem=False, logit_temperature=1.0))
 class Inception(Detector):
     """Inception v3 for images of any size, ordinary (Szegedy et al. 2016) or B-cos."""
 
@@ -165,9 +166,6 @@ class Inception(Detector):
 
     def head(self, features: Tensor) -> Tensor:
         return classify(self.fc, features)
-
-
-register_detector("inception_v3", study=dict(max_out=1, zero_mean=0.0, energy_stem=False, logit_temperature=1.0))(Inception)
 
 # %% ../../nbs/models/inception.ipynb #8eac73ff
 def from_torchvision(

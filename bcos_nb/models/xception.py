@@ -87,6 +87,8 @@ def check_side(
 XCEPTION_STEMS = {"imagenet": (3, 0, 2), "fine": (5, 1, 1)}  # first window, padding of the second, stride of the third block
 
 
+@register_detector("xception", study=dict(max_out=1, zero_mean=0.0, energy_stem=False, norm="AllNorm2d", norm_bias=False, logit_temperature=1.0,
+                                          head_norm=True))
 class Xception(Detector):
     """Xception for images of any size, ordinary (Chollet 2017, as in DeepfakeBench) or B-cos (as in the study)."""
 
@@ -143,10 +145,6 @@ class Xception(Detector):
 
     def head(self, features: Tensor) -> Tensor:
         return classify(self.last_linear, self.head_norm(features))
-
-
-register_detector("xception", study=dict(max_out=1, zero_mean=0.0, energy_stem=False, norm="AllNorm2d", norm_bias=False, logit_temperature=1.0,
-                                         head_norm=True))(Xception)
 
 # %% ../../nbs/models/xception.ipynb #a921b935
 WRAPPERS = ("module.", "model.", "backbone.")  # what trainers put before a name
