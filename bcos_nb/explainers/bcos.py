@@ -23,6 +23,25 @@ def _percentile(values: Tensor, percentile: float) -> Tensor:  # [N, P] -> [N, 1
     return torch.lerp(top[:, -1:], above, rank - low)
 
 
+def _average(maps: Tensor, size: int) -> Tensor:  # [N, H, W] -> [N, H, W]
+    """Mean over size × size pixels, size odd, with zeros around. Sums of 1, 2, 4, … neighbours make up the window, so that 15
+    take six additions a direction; all are of the values themselves, so that tiny ones beside large ones survive."""
+    for dim in (1, 2):
+        pad, length = (size - 1) // 2, maps.shape[dim]
+        sums = F.pad(maps, (0, 0, pad, pad) if dim == 1 else (pad, pad))  # of `reach` values each
+        total, begin, reach = None, 0, 1
+        while True:
+            if size & reach:
+                part = sums.narrow(dim, begin, length)
+                total, begin = part if total is None else total + part, begin + reach
+            if 2 * reach > size:
+                break
+            rest = sums.shape[dim] - reach
+            sums, reach = sums.narrow(dim, 0, rest) + sums.narrow(dim, reach, rest), 2 * reach
+        maps = total
+    return maps / size**2
+
+
 def alpha_maps(
     weights: Tensor,  # W(x) of the explained logit, [N, 6, H, W]
     contributions: Tensor,  # W(x) ⊙ x summed over the channels, [N, H, W]
@@ -35,13 +54,12 @@ def alpha_maps(
         raise ValueError(f"smooth must be an odd number of pixels, 1 for no smoothing, got {smooth}.")
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile must lie in (0, 100], got {percentile}.")
-    strength = weights.norm(dim=1)
+    largest = weights.abs().amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    strength = (weights / largest).square_().sum(1).sqrt_()  # of any size: only ratios matter here
     positive = torch.where(contributions < 0, torch.zeros_like(strength), strength)
     floor = 1e-12 * positive.amax((1, 2), keepdim=True)
     alpha = torch.where(contributions < 0, floor, strength)
-    pad = (smooth - 1) // 2  # window as two strips: 30 additions a pixel instead of 225
-    alpha = F.avg_pool2d(alpha[:, None], (smooth, 1), stride=1, padding=(pad, 0))
-    alpha = F.avg_pool2d(alpha, (1, smooth), stride=1, padding=(0, pad))[:, 0]
+    alpha = _average(alpha, smooth)
     scale = _percentile(alpha.flatten(1), percentile).clamp(min=torch.finfo(alpha.dtype).tiny)
     return (alpha / scale[:, :, None]).clamp(0, 1)
 
