@@ -92,7 +92,8 @@ def test_many_equals_one_by_one_and_batches_equal_single_images(images):
         alone = explain(detector, images, name)
         assert torch.allclose(alone.maps, together[name].maps, atol=1e-6)
         for n in range(3):
-            assert torch.allclose(explain(detector, images[n : n + 1], name).maps[0], alone.maps[n], atol=1e-4)
+            off = 5e-3 if name == "xgradcam" else 1e-4  # it divides by sums of activations, which may nearly cancel
+            assert torch.allclose(explain(detector, images[n : n + 1], name).maps[0], alone.maps[n], atol=off)
 
 
 def test_an_explanation_leaves_the_detector_as_it_was(images):
