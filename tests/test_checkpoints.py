@@ -7,8 +7,15 @@ from functools import partial
 import pytest
 import torch
 import torchvision
+from bcos.models import convnext as reference_convnext
+from bcos.models import densenet as reference_densenet
 from bcos.models import resnet as reference_resnet
+from bcos.models import vgg as reference_vgg
+from bcos.models import vit as reference_vit
 from bcos.modules import BcosConv2d as ReferenceConv
+from bcos.modules import BcosLinear as ReferenceLinear
+from bcos.modules import LogitLayer as ReferenceLogitLayer
+from bcos.modules import common as reference_common
 from bcos.modules import norms as reference_norms
 from safetensors.torch import save_file
 from torch import nn
@@ -92,6 +99,81 @@ def test_a_checkpoint_of_the_bcos_package_loads_and_explains_identically(arch, b
         visible = attribution.rgba[n][..., 3:] * attribution.rgba[n][..., :3]
         assert float((attribution.rgba[n][..., 3] - picture[..., 3]).abs().max()) < 1e-4
         assert float((visible - picture[..., 3:] * picture[..., :3]).abs().max()) < 1e-3
+
+
+BNU = reference_norms.NoBias(reference_norms.BatchNormUncentered2d)
+VGG16 = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"]
+NEXT = [(24, 48, 3), (48, 96, 3), (96, 192, 9), (192, None, 3)]
+
+
+def bcos_densenet(conv):
+    return reference_densenet.densenet121(num_classes=2, conv_layer=conv, norm_layer=BNU, growth_rate=8, num_init_features=16)
+
+
+def bcos_convnext(conv):
+    return reference_convnext.BcosConvNeXt([reference_convnext.CNBlockConfig(*row) for row in NEXT], 0.1, layer_scale=1.0, num_classes=2, conv_layer=conv, norm_layer=None)
+
+
+def bcos_vgg(conv):
+    layers = reference_vgg.make_layers([entry if entry == "M" else entry // 8 for entry in VGG16], norm_layer=BNU, conv_layer=conv)
+    with torch.device("meta"):
+        network = reference_vgg.BcosVGG(layers, 2, False, conv)
+    network.classifier = nn.Sequential(conv(64, 512, 7, padding=3), conv(512, 512), conv(512, 2))
+    return network
+
+
+def bcos_vit(conv, b=1.75):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = reference_vit.SimpleViT(
+            image_size=14, patch_size=1, num_classes=2, dim=48, depth=2, heads=1, mlp_dim=192, conv_stem=[8, 16, 24, 48], channels=6, act_layer=nn.Identity,
+            linear_layer=partial(ReferenceLinear, b=b, max_out=2), conv2d_layer=partial(ReferenceConv, b=b, max_out=2),
+            norm_layer=reference_norms.NoBias(reference_norms.DetachableLayerNorm), norm2d_layer=reference_norms.NoBias(reference_norms.BatchNorm2d))
+    return reference_common.BcosSequential(network, ReferenceLogitLayer())
+
+
+@pytest.mark.parametrize("arch,make,options", [
+    ("densenet121", bcos_densenet, dict(width=0.25, norm="BatchNormUncentered2d", norm_bias=False, logit_temperature=1.0)),
+    ("convnext_tiny", bcos_convnext, dict(width=0.25, logit_temperature=1.0)),
+    ("vgg16", bcos_vgg, dict(width=0.125, logit_temperature=1.0)),
+    ("vitc_ti", bcos_vit, dict(width=0.25, depth=2, norm_bias=False, norm_2d_bias=False)),
+])
+def test_files_of_the_other_backbones(arch, make, options, tmp_path):
+    torch.manual_seed(3)
+    theirs, ours = make(partial(ReferenceConv, b=1.75)).eval(), create_detector(arch, b=1.75, variant="study", **options)
+    batch = images(2, 64, 64)
+    for packing in (lambda name: name, lambda name: f"model.{name}", lambda name: f"backbone.{name.removeprefix('0.')}"):
+        ours.load_state_dict({name: torch.zeros_like(value) for name, value in ours.state_dict().items()})
+        load_checkpoint(ours, saved({packing(name): value for name, value in theirs.state_dict().items()}, tmp_path / "a.pth")).eval()
+        with torch.no_grad():
+            expected = theirs(ours.encode(batch))
+            assert float((ours(batch) - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("arch,make", [
+    ("vgg16", lambda: torchvision.models.VGG(torchvision.models.vgg.make_layers([e if e == "M" else e // 8 for e in VGG16], True), 2, init_weights=False)),
+    ("densenet121", lambda: torchvision.models.DenseNet(8, (6, 12, 24, 16), 16, num_classes=2)),
+    ("convnext_tiny", lambda: torchvision.models.ConvNeXt([torchvision.models.convnext.CNBlockConfig(*row) for row in NEXT], 0.1, layer_scale=1.0, num_classes=2)),
+])
+def test_files_of_torchvisions_other_backbones(arch, make, tmp_path):
+    torch.manual_seed(3)
+    with torch.device("meta" if arch == "vgg16" else "cpu"):
+        theirs = make()
+    if arch == "vgg16":
+        theirs.features = torchvision.models.vgg.make_layers([e if e == "M" else e // 8 for e in VGG16], True)
+        theirs.classifier[0], theirs.classifier[3], theirs.classifier[6] = nn.Linear(64 * 49, 512), nn.Linear(512, 512), nn.Linear(512, 2)
+    theirs.eval()
+    ours = load_checkpoint(create_detector(arch, width=0.125 if arch == "vgg16" else 0.25), saved(theirs.state_dict(), tmp_path / "a.pth")).eval()
+    with torch.no_grad():
+        assert torch.allclose(ours(images()), theirs(standardised(images())), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_torchvisions_inception_loads_without_its_second_classifier(tmp_path):
+    theirs = torchvision.models.inception_v3(num_classes=2, init_weights=False, transform_input=True).eval()
+    ours = load_checkpoint(create_detector("inception_v3"), saved(theirs.state_dict(), tmp_path / "a.pth"), source="torchvision").eval()
+    with torch.no_grad():
+        assert torch.allclose(ours(images(1, 128, 128)), theirs(standardised(images(1, 128, 128))), rtol=1e-3, atol=1e-5)
 
 
 def test_the_running_average_is_loaded_when_asked_for(tmp_path):
@@ -207,6 +289,100 @@ def test_bcos_resnet34_of_the_study(tmp_path):
             assert torch.allclose(ours(images()), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     average = {"n_averaged": torch.tensor(3)} | {f"module.backbone.{name}": value for name, value in theirs.state_dict().items()}
     load_checkpoint(ours, saved(average, tmp_path / "swa.pth"))
+
+
+class TheirSeparable(nn.Module):
+    """A separable convolution with DeepfakeBench's names."""
+
+    def __init__(self, before, after):
+        super().__init__()
+        self.conv1, self.pointwise = nn.Conv2d(before, before, 3, 1, 1, groups=before, bias=False), nn.Conv2d(before, after, 1, bias=False)
+
+    def forward(self, x):
+        return self.pointwise(self.conv1(x))
+
+
+class TheirBlock(nn.Module):
+    """A block with DeepfakeBench's names: skip, skipbn, and rep with its rectifiers counted."""
+
+    def __init__(self, before, after, count, stride, relu_first=True, grow_first=True):
+        super().__init__()
+        self.skip = nn.Conv2d(before, after, 1, stride, bias=False) if stride > 1 or before != after else None
+        self.skipbn = nn.BatchNorm2d(after) if self.skip is not None else None
+        layers, channels = [], before
+        for number in range(count):
+            out = after if grow_first or number == count - 1 else before
+            layers += [nn.ReLU(), TheirSeparable(channels, out), nn.BatchNorm2d(out)]
+            channels = out
+        self.rep = nn.Sequential(*layers[0 if relu_first else 1:], *([nn.MaxPool2d(3, stride, 1)] if stride > 1 else []))
+
+    def forward(self, x):
+        return self.rep(x) + (x if self.skip is None else self.skipbn(self.skip(x)))
+
+
+class TheirXception(nn.Module):
+    """Xception at an eighth of its width, with the names that DeepfakeBench's has, among them those that its forward pass never reads."""
+
+    def __init__(self, dropout=False):
+        super().__init__()
+        self.conv1, self.bn1, self.conv2, self.bn2 = nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.block1, self.block2, self.block3 = TheirBlock(8, 16, 2, 2, relu_first=False), TheirBlock(16, 32, 2, 2), TheirBlock(32, 88, 2, 2)
+        for number in range(4, 12):
+            setattr(self, f"block{number}", TheirBlock(88, 88, 3, 1))
+        self.block12 = TheirBlock(88, 128, 2, 2, grow_first=False)
+        self.conv3, self.bn3, self.conv4, self.bn4 = TheirSeparable(128, 192), nn.BatchNorm2d(192), TheirSeparable(192, 256), nn.BatchNorm2d(256)
+        self.last_linear = nn.Sequential(nn.Dropout(0.5), nn.Linear(256, 2)) if dropout else nn.Linear(256, 2)
+        self.adjust_channel = nn.Sequential(nn.Conv2d(256, 64, 1), nn.BatchNorm2d(64), nn.ReLU())
+
+    def forward(self, x):
+        x = torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+        for number in range(1, 13):
+            x = getattr(self, f"block{number}")(x)
+        return self.last_linear(torch.relu(self.bn4(self.conv4(torch.relu(self.bn3(self.conv3(x)))))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("prefix,flat", [("backbone.", False), ("module.backbone.", True), ("", True)])
+def test_deepfakebenchs_xception(prefix, flat, dropout, tmp_path):
+    torch.manual_seed(0)
+    theirs = with_statistics(TheirXception(dropout), 3)
+    state = {prefix + name: value[:, :, 0, 0] if flat and name.endswith("pointwise.weight") else value for name, value in theirs.state_dict().items()}
+    ours = load_checkpoint(create_detector("xception", width=0.125), saved(state, tmp_path / "ckpt_best.pth")).eval()
+    with torch.no_grad():
+        assert torch.allclose(ours(images()), theirs(standardised(images(), (0.5,) * 3, (0.5,) * 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_imagenets_xception_as_deepfakebench_starts_from_it(tmp_path):
+    state = TheirXception().state_dict()
+    old = {name: value[:, :, 0, 0] if name.endswith("pointwise.weight") else value for name, value in state.items()
+           if not name.startswith(("last_linear", "adjust_channel")) and not name.endswith("num_batches_tracked")}
+    old |= {"fc.weight": torch.zeros(1000, 256), "fc.bias": torch.zeros(1000)}
+    path, detector = saved(old, tmp_path / "xception-b5690688.pth"), create_detector("xception", width=0.125)
+    with pytest.raises(CheckpointMismatch, match="1000 classes"):
+        load_checkpoint(detector, path)
+    with pytest.warns(UserWarning, match="last_linear"):
+        load_checkpoint(detector, path, head="skip")
+    assert torch.equal(detector.block5.rep[1].pointwise.weight[:, :, 0, 0], old["block5.rep.1.pointwise.weight"])
+
+
+def test_the_studys_xception(tmp_path):
+    """Its B-cos Xception counts layers without rectifiers, and ends in classifier_head."""
+    torch.manual_seed(0)
+    options = dict(b=2, variant="study", width=0.125)
+    source, ours = with_statistics(create_detector("xception", **options), 3), create_detector("xception", **options)
+    names = {}
+    for name in source.state_dict():
+        theirs = name.replace("head_norm.", "classifier_head.0.").replace("last_linear.", "classifier_head.1.")
+        if ".rep." in theirs:
+            block, index = int(theirs.split(".")[0][5:]), int(theirs.split(".")[2])
+            position = index - (block > 1)  # without the rectifier in front: convolution, norm, rectifier, ...
+            theirs = theirs.replace(f".rep.{index}.", f".rep.{position // 3 * 2 + position % 3}.")
+        value = source.state_dict()[name]
+        names[name] = "backbone." + (theirs.removesuffix("weight") + "linear.weight" if value.ndim == 4 else theirs)
+    path = saved({theirs: source.state_dict()[name] for name, theirs in names.items()}, tmp_path / "ckpt_best.pth")
+    load_checkpoint(ours, path).eval()
+    with torch.no_grad():
+        assert torch.equal(ours(images()), source(images()))
 
 
 @pytest.mark.parametrize("tensors,taken,expected,whose", [
