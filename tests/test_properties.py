@@ -87,7 +87,8 @@ def test_the_gradient_is_orthogonal_to_every_weight_vector(drawn):
     out = layer(x)
     (gradient,) = torch.autograd.grad((out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum(), layer.weight)
     along = (gradient * layer.weight).flatten(1).sum(1).abs()
-    assert float(along.max()) <= 1e-9 * float((gradient.flatten(1).norm(dim=1) * layer.weight.flatten(1).norm(dim=1)).max()) + 1e-12 * float(out.abs().max())
+    lengths = gradient.flatten(1).norm(dim=1) * layer.weight.flatten(1).norm(dim=1)
+    assert float(along.detach().max()) <= 1e-9 * float(lengths.detach().max()) + 1e-12 * float(out.detach().abs().max())
 
 
 @given(layers(b=1))
@@ -131,4 +132,5 @@ def test_in_explanation_mode_gradient_times_input_is_the_output(drawn):
     with explanation_mode(layer):
         out = layer(x)
         (row,) = torch.autograd.grad(out.sum(), x)
+    out, x = out.detach(), x.detach()
     assert close(out, ordinary) and abs(float((row * x).sum() - out.sum())) <= 1e-9 * float(out.abs().sum()) + 1e-300
