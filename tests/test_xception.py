@@ -177,7 +177,7 @@ def test_the_studys_form_is_the_reference_packages_logits_and_dynamic_weights(b,
 def test_the_default_form_with_max_out_and_the_fine_stem_is_the_reference_packages_too(b):
     torch.manual_seed(2)
     batch = images(2, 48)
-    theirs = StudysXception(b, "BatchNormUncentered2d", EIGHTH, max_out=2, middle=3, head_norm=False, stem=(5, 2, 2), second=1, third=1)
+    theirs = StudysXception(b, "BatchNormUncentered2d", (32, *EIGHTH[1:]), max_out=2, middle=3, head_norm=False, stem=(5, 2, 2), second=1, third=1)
     theirs = with_statistics(theirs, torch.cat([batch, 1 - batch], 1))
     ours = create_detector("xception", b=b, width=0.125, middle=3, stem="fine", max_out=2, zero_mean=0.0, energy_stem=False, logit_temperature=1.0)
     assert_equal_networks(ours, theirs, batch)
@@ -249,6 +249,13 @@ def test_the_smallest_side_is_the_smallest(windows):
         with pytest.raises(RuntimeError):
             network(torch.zeros(1, 1, side - 1, side - 1))
     check_side(torch.zeros(1, 3, side, side), side, "xception")
+
+
+def test_the_fine_stem_keeps_room_for_the_cosine_filters():
+    for width, units in ((0.125, 32), (1, 32), (2, 64)):
+        stem = create_detector("xception", b=2, width=width, stem="fine", middle=0).conv1
+        assert stem.out_channels == 2 * units and stem.centred == units and stem.kernel_size == (5, 5)
+    assert create_detector("xception", b=2, width=0.125).conv1.out_channels == 16
 
 
 def test_width_and_middle_scale_the_network():

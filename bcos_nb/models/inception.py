@@ -135,10 +135,11 @@ class Inception(Detector):
         self.image_size = image_size
         window, padding, pooled = INCEPTION_STEMS[stem]
         c32, c64, c80, c192 = (scale_channels(c, width) for c in (32, 64, 80, 192))
+        first_channels = max(c32, 32) if stem == "fine" else c32
         first, halving = (window, 2, padding * (window // 2)), (3, 2, padding)
         self.smallest = smallest_side([first, (3, 1, padding), *[halving] * pooled, (3, 1, padding), *[halving] * 3])
-        self.Conv2d_1a_3x3 = ConvNorm(parts, parts.stem(c32, *first), c32)
-        self.Conv2d_2a_3x3 = ConvNorm(parts, parts.conv(c32, c32, 3, 1, padding), c32)
+        self.Conv2d_1a_3x3 = ConvNorm(parts, parts.stem(first_channels, *first), first_channels)
+        self.Conv2d_2a_3x3 = ConvNorm(parts, parts.conv(first_channels, c32, 3, 1, padding), c32)
         self.Conv2d_2b_3x3 = ConvNorm(parts, parts.conv(c32, c64, 3, 1, 1), c64)
         self.maxpool1 = parts.pool(*halving) if pooled else nn.Identity()
         self.Conv2d_3b_1x1 = ConvNorm(parts, parts.conv(c64, c80, 1), c80)

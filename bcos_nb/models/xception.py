@@ -113,6 +113,7 @@ class Xception(Detector):
             self.encode = Standardize((0.5,) * 3, (0.5,) * 3)
         self.image_size = image_size
         window, padding, third = XCEPTION_STEMS[stem]
+        c32 = max(c32, 32) if stem == "fine" else c32
         first = (window, 2, padding * (window // 2))
         self.smallest = smallest_side([first, (3, 1, padding)])
         self.conv1, self.bn1, self.act1 = parts.stem(c32, *first), parts.norm(c32), parts.activation()
