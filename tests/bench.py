@@ -1,16 +1,18 @@
 """How fast this is beside what one would use otherwise, as ratios measured in one run on this machine.
 
-    python tests/bench.py                ResNet-34, 224 px, batch 8; under six minutes on 2 cores
-    python tests/bench.py --quick        ResNet-18, 128 px
-    python tests/bench.py --only games   the rows whose name contains a word
-    python tests/bench.py --device cuda  where there is a GPU (then the default)
+    python tests/bench.py                   ResNet-34, 224 px, batch 8; under eight minutes on 2 cores
+    python tests/bench.py --quick           ResNet-18, 128 px
+    python tests/bench.py --only forward    the rows of some rooms
+    python tests/bench.py --device cuda     where there is a GPU (then the default); bfloat16 and B = 1.75 besides
 
-Ours and theirs take turns, with the same weights where they have any. A ratio is the median over the turns of theirs / ours:
-above 1 we are faster. Seconds are medians too. A table from a machine that did something else besides is marked as disturbed: threads that wait for
-each other make such seconds meaningless. The table is also written to data/bench/<machine>.json, unless --no-write.
+What is compared takes turns, with the same weights where it has any, after a check that both give the same. A ratio is the median over
+the turns, of ours / theirs where less is better, of theirs / ours ("times") where more is. Seconds are medians too. A table from a
+machine that did something else besides is marked as disturbed: threads that wait for each other make such seconds meaningless. The table
+is also written to data/bench/<device>.csv, one row a measurement, unless --no-write.
 """
 import argparse
-import json
+import csv
+import datetime
 import os
 import platform
 import re
@@ -56,22 +58,42 @@ def seconds(work):
     return time.perf_counter() - begin
 
 
-def measured(name, ours, theirs, repeats, *, share=1.0, shared_by="", warm_up=1):
-    """A row: `repeats` turns of both, the one that begins alternating. `share`: what part of the work `theirs` does."""
+def turns(works, repeats, *, warm_up=1):
+    """Seconds of each of some works, {name: [repeats]}, taken in turns; who begins changes."""
+    names, taken = list(works), {name: [] for name in works}
     for _ in range(warm_up):
-        ours(), theirs()
-    turns = []
+        for work in works.values():
+            work()
     for turn in range(repeats):
-        if turn % 2:
-            b, a = seconds(theirs), seconds(ours)
-        else:
-            a, b = seconds(ours), seconds(theirs)
-        turns.append((a, b / share))
-    ratios = sorted(b / a for a, b in turns)
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            taken[name].append(seconds(works[name]))
+    return taken
+
+
+def row(work, ours, theirs, *, beside, at_most=None, at_least=None, times=False, note="", **about):
+    """A row of the table from the seconds of both, turn by turn. `times`: theirs / ours instead of ours / theirs."""
+    ratios = sorted(b / a if times else a / b for a, b in zip(ours, theirs))
+    ratio = statistics.median(ratios)
     return dict(
-        name=name, ratio=statistics.median(ratios), lowest=ratios[0], highest=ratios[-1], repeats=repeats,
-        ours_s=statistics.median(a for a, _ in turns), theirs_s=statistics.median(b for _, b in turns), note=shared_by,
+        work=work, beside=beside, ours_s=statistics.median(ours), theirs_s=statistics.median(theirs), ratio=ratio, lowest=ratios[0], highest=ratios[-1],
+        ratio_is="theirs / ours" if times else "ours / theirs", repeats=len(ratios), note=note, **goal(ratio, at_most, at_least), **about,
     )
+
+
+def goal(ratio, at_most, at_least):
+    """The target in words and whether it is reached, both empty where there is none."""
+    if at_most is not None:
+        return dict(target=f"<= {at_most:.2f}", reached=ratio <= at_most)
+    if at_least is not None:
+        return dict(target=f">= {at_least:.2f}", reached=ratio >= at_least)
+    return dict(target="", reached="")
+
+
+def measured(work, ours, theirs, repeats, *, beside, share=1.0, warm_up=1, **about):
+    """A row "times as fast as". `share`: what part of the work `theirs` does."""
+    taken = turns(dict(ours=ours, theirs=theirs), repeats, warm_up=warm_up)
+    return row(work, taken["ours"], [s / share for s in taken["theirs"]], beside=beside, times=True, **about)
 
 
 def machine(device):
@@ -80,9 +102,10 @@ def machine(device):
     named = re.search(r"^model name\s*:\s*(.+)$", listed.read_text(), re.M) if listed.exists() else None
     name = named[1].strip() if named else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    return dict(cpu=name, cores=cores, threads=torch.get_num_threads(), gpu=gpu, torch=torch.__version__, python=platform.python_version(), load_before=load)
+    return dict(device=device.type, cpu=name, cores=cores, threads=torch.get_num_threads(), gpu=gpu, torch=torch.__version__, python=platform.python_version(),
+                date=datetime.date.today().isoformat(), disturbed=device.type == "cpu" and load > 0.5)
 
 
 # ---- the same network twice
@@ -90,7 +113,7 @@ def machine(device):
 def twins(arch, b, device):
     """Our detector and the reference package's network with its weights, both with MaxOut 1 as the package has it."""
     torch.manual_seed(0)
-    ours = create_detector(arch, b=b, max_out=1, zero_mean=0.0, logit_temperature=0.5)
+    ours = create_detector(arch, b=b, max_out=1, zero_mean=0.0, energy_stem=False, logit_temperature=0.5)
     norm = reference_norms.NoBias(reference_norms.BatchNormUncentered2d)
     theirs = getattr(reference_resnet, arch)(num_classes=2, in_chans=6, conv_layer=partial(bcos.modules.BcosConv2d, b=b), norm_layer=norm, logit_temperature=0.5)
     state = ours.state_dict()
@@ -114,16 +137,65 @@ def agree(name, ours, theirs, tolerance=1e-3):
         raise SystemExit(f"{name}: ours and theirs differ by {worst:.1e} of the largest value, so their speeds are no comparison.")
 
 
-def step_of(network, prepare, images, labels):
+def step_of(network, prepare, images, labels, precision="float32"):
     """One training step as everybody writes it."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
 
     def step():
         optimizer.zero_grad()
-        F.cross_entropy(network(prepare(images)), labels).backward()
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = F.cross_entropy(network(prepare(images)), labels)
+        loss.backward()
         optimizer.step()
 
     return step
+
+
+def same(images):
+    return images
+
+
+def trio(settings, b, device, memory_format=torch.channels_last):
+    """The ordinary network, ours and the reference's, the latter two with the same weights, and what each does to images."""
+    torch.manual_seed(0)
+    ordinary = create_detector(settings.arch).to(device)
+    ours, theirs = twins(settings.arch, b, device)
+    networks = dict(ordinary=ordinary, ours=ours, reference=theirs)
+    return {name: network.to(memory_format=memory_format) for name, network in networks.items()}, dict(ordinary=same, ours=same, reference=encoded)
+
+
+def gradients_agree(name, ours, theirs, images, labels):
+    """Refuses to compare training steps that have not the same gradient, at the far end from the loss."""
+    F.cross_entropy(ours.train()(images), labels).backward()
+    F.cross_entropy(theirs.train()(encoded(images)), labels).backward()
+    agree(name, ours.conv1.weight.grad, theirs.conv1.linear.weight.grad, 1e-2)
+
+
+def peak_of_step(step, device, network):
+    """Largest number of bytes in tensors during a training step, those of parameters and optimizer included."""
+    step()  # from the second step on the optimizer has its state
+    network.zero_grad()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    held = 3 * sum(parameter.nbytes for parameter in network.parameters()) + sum(buffer.nbytes for buffer in network.buffers())  # Adam has two
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    return held + max(np.cumsum([size for _, size in changes]))
+
+
+def compiler_works(device):
+    """Whether torch.compile makes something that runs here, forward and backward; if not, says why."""
+    x = torch.ones(4, device=device, requires_grad=True)
+    try:
+        torch.compile(lambda x: (x * x).sum())(x).backward()
+    except Exception as error:  # no compiler, no Triton, no Python headers: whatever it is, the rows are left out
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"         torch.compile does not work here, so there are no rows for compiled networks: {reason[0][:200]}", flush=True)
+        return False
+    return bool(torch.equal(x.grad, 2 * x.detach()))
 
 
 # ---- the rows
@@ -134,23 +206,86 @@ def rows_of_layers(settings, device):
         ours, theirs = BcosConv2d(64, 64, 3, padding=1, b=b).to(device), bcos.modules.BcosConv2d(64, 64, 3, padding=1, b=b).to(device)
         theirs.linear.weight.data.copy_(ours.weight.data)
         agree("layer", ours(images).detach(), theirs(images).detach())
+        about = dict(beside="reference layer", b=b)
         with torch.no_grad():
-            yield measured(f"layer 64 to 64, 3 x 3, forward, B={b}", lambda: ours(images), lambda: theirs(images), 2 * settings.repeats + 1)
+            yield measured("layer 64 to 64, 3 x 3, forward", lambda: ours(images), lambda: theirs(images), 2 * settings.repeats + 1, **about)
         tracked = images.clone().requires_grad_()
-        yield measured(f"layer 64 to 64, 3 x 3, forward and backward, B={b}", lambda: ours(tracked).sum().backward(),
-                       lambda: theirs(tracked).sum().backward(), 2 * settings.repeats + 1)
+        yield measured("layer 64 to 64, 3 x 3, forward and backward", lambda: ours(tracked).sum().backward(),
+                       lambda: theirs(tracked).sum().backward(), 2 * settings.repeats + 1, **about)
 
 
-def rows_of_networks(settings, device):
+def variants(device):
+    """Exponents and precisions that are measured; the targets are for all of them on a GPU, for B = 2 on a processor."""
+    return [(2, "float32"), (1.75, "float32"), (2, "bfloat16"), (1.75, "bfloat16")] if device.type == "cuda" else [(2, "float32"), (1.75, "float32")]
+
+
+def rows_of_forward(settings, device):
     images = pictures(settings.batch, settings.side, device)
+    for b, precision in variants(device):
+        counts, works = b == 2 or device.type == "cuda", {}
+        for layout in (torch.contiguous_format, torch.channels_last):
+            networks, prepare = trio(settings, b, device, layout)
+            batch = images.contiguous(memory_format=layout)
+            with torch.no_grad():
+                agree("network", networks["ours"](batch), networks["reference"](encoded(batch)))
+            for name, network in networks.items():
+                works[name, layout] = partial(lambda network, prepare, batch: network.eval()(prepare(batch)), network, prepare[name], batch)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            taken = turns(works, settings.repeats)
+        best = {}
+        for name in ("ordinary", "ours", "reference"):
+            best[name] = min((key for key in works if key[0] == name), key=lambda key: statistics.median(taken[key]))
+        layouts = "layouts: " + ", ".join(f"{name} {'channels_last' if key[1] == torch.channels_last else 'contiguous'}" for name, key in best.items())
+        about = dict(b=b, precision=precision, note=layouts)
+        yield row("forward, both at their best layout", taken[best["ours"]], taken[best["ordinary"]], beside="ordinary", at_most=1.10 if counts else None, **about)
+        yield row("forward, both at their best layout", taken[best["ours"]], taken[best["reference"]], beside="reference", **about)
+
+
+def rows_of_steps(settings, device):
+    images = pictures(settings.batch, settings.side, device).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(settings.batch, device=device) % 2
-    for b in (1.75, 2):
-        ours, theirs = twins(settings.arch, b, device)
-        with torch.no_grad():
-            agree("network", ours(images), theirs(encoded(images)))
-            yield measured(f"{settings.arch} forward, B={b}", lambda: ours(images), lambda: theirs(encoded(images)), settings.repeats)
-        steps = step_of(ours.train(), lambda x: x, images, labels), step_of(theirs.train(), encoded, images, labels)
-        yield measured(f"{settings.arch} training step, B={b}", *steps, settings.repeats)
+    for b, precision in variants(device):
+        counts = b == 2 or device.type == "cuda"
+        networks, prepare = trio(settings, b, device)
+        gradients_agree("training step", networks["ours"], networks["reference"], images, labels)
+        taken = turns({name: step_of(network.train(), prepare[name], images, labels, precision) for name, network in networks.items()}, settings.repeats)
+        about = dict(b=b, precision=precision)
+        yield row("training step, eager, channels_last", taken["ours"], taken["ordinary"], beside="ordinary", at_most=1.35 if counts else None, **about)
+        yield row("training step, eager, channels_last", taken["ours"], taken["reference"], beside="reference", at_most=0.80 if counts else None, **about)
+
+
+def rows_of_compiled(settings, device):
+    if not compiler_works(device):
+        return
+    images = pictures(settings.batch, settings.side, device).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(settings.batch, device=device) % 2
+    for b, precision in variants(device)[:: 1 if device.type == "cuda" else 2]:
+        networks, prepare = trio(settings, b, device)
+        compiled = {name: torch.compile(networks[name].train()) for name in ("ordinary", "ours")}
+        gradients_agree("compiled training step", compiled["ours"], networks["reference"], images, labels)
+        works = {name: step_of(network.train(), prepare[name], images, labels, precision) for name, network in compiled.items()}
+        works["reference"] = step_of(networks["reference"].train(), encoded, images, labels, precision)
+        taken = turns(works, settings.repeats, warm_up=2)
+        about = dict(b=b, precision=precision)
+        yield row("training step, both compiled", taken["ours"], taken["ordinary"], beside="ordinary, compiled", at_most=0.95, **about)
+        yield row("training step, ours compiled", taken["ours"], taken["reference"], beside="reference, eager", at_most=0.65, **about)
+
+
+def rows_of_memory(settings, device):
+    images = pictures(settings.batch, settings.side, device).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(settings.batch, device=device) % 2
+    for b, precision in variants(device):
+        networks, prepare = trio(settings, b, device)
+        peaks = {}
+        for name in list(networks):
+            network = networks.pop(name).train()
+            peaks[name] = peak_of_step(step_of(network, prepare[name], images, labels, precision), device, network) / 1e6
+            del network
+        for beside in ("ordinary", "reference"):
+            ratio = peaks["ours"] / peaks[beside]
+            yield dict(work="peak memory of a training step", beside=beside, ours_mb=peaks["ours"], theirs_mb=peaks[beside], ratio=ratio, lowest=ratio, highest=ratio,
+                       ratio_is="ours / theirs", repeats=1, note=f"{peaks['ours']:.0f} MB / {peaks[beside]:.0f} MB of tensors", b=b, precision=precision,
+                       **goal(ratio, 1.25 if beside == "ordinary" else None, None))
 
 
 def rows_of_explanations(settings, device):
@@ -163,8 +298,8 @@ def rows_of_explanations(settings, device):
 
     batch = explain(ours, images, "bcos", 1)
     agree("explanation", batch.rgba[0], one_at_a_time(singles[:1])[0], 1e-2)
-    yield measured(f"B-cos explanations of 16 images, {settings.arch}, B=2, as a batch / one at a time",
-                   lambda: explain(ours, images, "bcos", 1), lambda: one_at_a_time(singles), settings.repeats)
+    yield measured("explanations of 16 images, a second", lambda: explain(ours, images, "bcos", 1), lambda: one_at_a_time(singles), settings.repeats,
+                   beside="reference, one at a time", b=b, at_least=10 if device.type == "cuda" else 2)
     import pytorch_grad_cam
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
@@ -184,8 +319,8 @@ def rows_of_explanations(settings, device):
         agree(name, answers[name].maps, theirs_[name], 1e-2)
     with torch.no_grad():
         passes = statistics.median(seconds(lambda: network(images)) for _ in range(3))
-    row = measured(f"four CAMs of {settings.batch} images, {settings.arch}, ordinary / grad-cam, batched", lambda: explain_many(network, images, CAMS), four_of_theirs, settings.repeats)
-    yield row | dict(note=f"in forward passes: {row['ours_s'] / passes:.1f} / {row['theirs_s'] / passes:.1f}")
+    cams = measured(f"four CAMs of {settings.batch} images, a second", lambda: explain_many(network, images, CAMS), four_of_theirs, settings.repeats, beside="grad-cam, batched")
+    yield cams | dict(note=f"in forward passes: {cams['ours_s'] / passes:.1f} / {cams['theirs_s'] / passes:.1f}")
 
 
 def rows_of_games(settings, device):
@@ -209,9 +344,9 @@ def rows_of_games(settings, device):
     maps_, regions_ = maps.numpy(), regions.numpy()
     maps, regions = maps.to(device), regions.to(device)
     agree("localization", localization_scores(maps[:some], regions[:some], thresholds)["weighted"], loop(), 1e-3)
-    row = measured(f"localization scores of {count} maps of {side} px, {len(thresholds)} thresholds / NumPy loop",
-                   lambda: localization_scores(maps, regions, thresholds), loop, 3, share=share, warm_up=0)
-    yield row | dict(note=f"ours gives both weightings, the loop one; the loop was timed on {some} maps and scaled to {count}")
+    scores = measured(f"localization scores of {count} maps of {side} px, {len(thresholds)} thresholds, a second",
+                      lambda: localization_scores(maps, regions, thresholds), loop, 3, share=share, warm_up=0, beside="NumPy loop")
+    yield scores | dict(note=f"ours gives both weightings, the loop one; the loop was timed on {some} maps and scaled to {count}")
 
 
 def rows_of_training(settings, device):
@@ -240,19 +375,27 @@ def rows_of_training(settings, device):
                 torch.nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
                 optimizer.step()
 
-        kind = "ordinary" if b is None else f"B={b}"
-        row = measured(f"fit, one epoch of {count} frames of {side} px, resnet10, {kind} / bare loop", ours, bare, settings.repeats)
-        yield row | dict(note=f"{count / row['ours_s']:.0f} frames a second; ours also validates, checks, and writes its state and the detector")
+        kind = "ordinary" if b is None else "B-cos"
+        taken = measured(f"fit, one epoch of {count} frames of {side} px, {kind} resnet10", ours, bare, settings.repeats, beside="bare loop", b=b)
+        yield taken | dict(note=f"{count / taken['ours_s']:.0f} frames a second; ours also validates, checks, and writes its state and the detector")
 
 
-ROWS = dict(layers=rows_of_layers, networks=rows_of_networks, explanations=rows_of_explanations, games=rows_of_games, training=rows_of_training)
+ROWS = dict(forward=rows_of_forward, steps=rows_of_steps, compiled=rows_of_compiled, memory=rows_of_memory, explanations=rows_of_explanations,
+            layers=rows_of_layers, games=rows_of_games, training=rows_of_training)
+COLUMNS = ("room work beside b precision ours_s theirs_s ratio lowest highest ratio_is target reached ours_mb theirs_mb repeats note "
+           "arch side batch torch device cpu cores threads gpu python date disturbed").split()
 
 
 # ---- the table
 
 def shown(row):
-    spread = f"{row['lowest']:.2f} to {row['highest']:.2f}"
-    return f"{row['ratio']:7.2f}  {spread:>16}  {row['ours_s']:9.4f}  {row['theirs_s']:9.4f}  {row['name']}" + (f"\n{'':49}({row['note']})" if row["note"] else "")
+    """A row of the table as a line of text, with its note below."""
+    verdict = {True: "reached", False: "MISSED", "": ""}[row["reached"]]
+    ratio = f"{row['ratio']:.2f}" + (" x" if row["ratio_is"] == "theirs / ours" else "  ")
+    options = ", ".join(filter(None, [f"B={row['b']}" if row.get("b") else "", row.get("precision", "").replace("float32", "")]))
+    clock = f"{row['ours_s']:8.4f} {row['theirs_s']:8.4f}" if "ours_s" in row else " " * 17
+    line = f"{ratio:>9} {row['target']:>8} {verdict:7} {row['lowest']:5.2f} to {row['highest']:5.2f} {clock}  {row['work']}{', ' * bool(options)}{options}; beside: {row['beside']}"
+    return line + (f"\n{'':55}  ({row['note']})" if row["note"] else "")
 
 
 def main():
@@ -260,7 +403,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="ResNet-18 at 128 px, fewer turns")
     parser.add_argument("--only", default="", help=f"rows of these rooms, separated by commas: {', '.join(ROWS)}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-write", action="store_true", help="do not write data/bench/<machine>.json")
+    parser.add_argument("--no-write", action="store_true", help="do not write data/bench/<device>.csv")
     chosen = parser.parse_args()
     rooms = [room for room in chosen.only.split(",") if room] or list(ROWS)
     if set(rooms) - set(ROWS):
@@ -271,23 +414,37 @@ def main():
     warnings.filterwarnings("ignore")
     about, begin, rows = machine(device), time.monotonic(), []
     where = about["gpu"] or f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads"
-    print(f"{where}, torch {about['torch']}, batch {settings.batch}, {'quick' if chosen.quick else 'full'}")
-    about["disturbed"] = device.type == "cpu" and (about["load_before"] or 0) > 0.5
+    print(f"{where}, torch {about['torch']}, {settings.arch}, {settings.side} px, batch {settings.batch}, MaxOut 1, {'quick' if chosen.quick else 'full'}")
     if about["disturbed"]:
-        print(f"Something else is running here (load {about['load_before']:.1f}): the seconds are too long and the ratios uncertain. Run it again on an idle machine.")
-    print(f"\n{'ratio':>7}  {'lowest to highest':>16}  {'ours, s':>9}  {'theirs, s':>9}  theirs / ours, so above 1 ours is faster", flush=True)
+        print(f"Something else is running here (load {os.getloadavg()[0]:.1f}): the seconds are too long and the ratios uncertain. Run it again on an idle machine.")
+    print("\nRatio of ours / theirs, less is better; with x, theirs / ours: how many times as fast. Targets are for the full size.")
+    print(f"{'ratio':>9} {'target':>8} {'':7} {'lowest to highest':>14} {'ours, s':>6} {'theirs, s':>8}", flush=True)
     for room in rooms:
-        for row in ROWS[room](settings, device):
-            rows.append(dict(room=room, **row))
-            print(shown(row), flush=True)
-    about["seconds"] = round(time.monotonic() - begin)
-    print(f"\n{about['seconds']} s")
-    if not chosen.no_write:
-        name = re.sub(r"[^a-z0-9]+", "-", (about["gpu"] or f"{about['cpu']} {about['cores']} cores").lower()).strip("-")
-        path = ROOT / "data" / "bench" / f"{name}{'-quick' if chosen.quick else ''}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dict(machine=about, settings=size, rows=rows), indent=1) + "\n", encoding="utf-8")
-        print(f"written to {path.relative_to(ROOT)}")
+        for found in ROWS[room](settings, device):
+            rows.append(dict(room=room, arch=settings.arch, side=settings.side, batch=settings.batch) | found | about)
+            print(shown(rows[-1]), flush=True)
+    held = [r["reached"] for r in rows if r["target"]]
+    print(f"\n{sum(held)} of {len(held)} targets reached; {time.monotonic() - begin:.0f} s")
+    if chosen.no_write:
+        return
+    name = re.sub(r"[^a-z0-9]+", "-", (about["gpu"] or f"{about['cpu']} {about['cores']} cores").lower()).strip("-")
+    path = ROOT / "data" / "bench" / f"{name}{'-quick' if chosen.quick else ''}.csv"
+    write(path, rows, rooms)
+    print(f"written to {path.relative_to(ROOT)}")
+
+
+def write(path, rows, rooms):
+    """The table as CSV. Rows of rooms that were not measured this time stay as they were."""
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [r for r in csv.DictReader(file) if r["room"] not in rooms] + rows
+    rows = sorted(rows, key=lambda r: list(ROWS).index(r["room"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        for r in rows:
+            table.writerow({name: f"{value:.5g}" if isinstance(value := r.get(name, ""), float) else "" if value is None else value for name in COLUMNS})
 
 
 if __name__ == "__main__":

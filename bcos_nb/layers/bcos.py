@@ -377,10 +377,10 @@ class BcosConv2d(DynamicLinearModule, nn.Conv2d):
 
     def is_simple(self, x: Tensor) -> bool:
         """Whether `FusedBcosConvolution` serves: one group, zeros around, one precision, not being compiled."""
-        return (self.b != 1 and self.groups == 1 and self.padding_mode == "zeros" and self.padding != "same"
+        return (not torch.compiler.is_compiling() and self.b != 1 and self.groups == 1 and self.padding_mode == "zeros" and self.padding != "same"
                 and (self.max_out == 1 or self.max_out == 2 and self.unit_norm)
                 and x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64)
-                and not torch.is_autocast_enabled(x.device.type) and not torch.compiler.is_compiling())
+                and not torch.is_autocast_enabled(x.device.type))
 
     def frozen(self, x: Tensor, filters: Tensor) -> Tensor:
         """The transform as a linear map of x: the scale is a constant, so nothing of how it came about is kept."""
