@@ -255,7 +255,7 @@ def test_every_size_has_the_reference_packages_tensors(arch, b):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             theirs = getattr(reference, f"{arch}_patch1_14")(num_classes=2, **layers)
-    ours = create_detector(arch, b=b, variant="study")
+        ours = create_detector(arch, b=b, variant="study")
     expected = {from_bcos_v2(name): value.shape for name, value in theirs.state_dict().items()}
     assert {name: value.shape for name, value in ours.state_dict().items()} == expected
     strides = [layer.stride for layer in theirs.modules() if isinstance(layer, nn.Conv2d)]
