@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALLEST_NORM', 'Pair', 'DynamicLinearModule', 'check_b', 'in_full_precision', 'max_out_units', 'scale_by_cosine',
-           'power', 'FusedMaxOutScale', 'weight_norms', 'FusedUnitNorm', 'energy_of', 'every', 'window_sums',
-           'spread_sums', 'cosine_scale', 'FusedBcosConvolution', 'norm_of_winner', 'check_units', 'BcosConv2d',
-           'own_options', 'BcosLinear']
+           'power', 'FusedMaxOutScale', 'weight_norms', 'FusedUnitNorm', 'energy_of', 'every', 'pools', 'window_sums',
+           'spread_sums', 'cosine_scale', 'response_and_scale', 'FusedBcosConvolution', 'norm_of_winner', 'check_units',
+           'BcosConv2d', 'own_options', 'BcosLinear']
 
 # %% ../../nbs/layers/bcos.ipynb #7462581f
 import torch
@@ -192,8 +192,17 @@ def every(x: Tensor, dim: int, first: int, count: int, step: int) -> Tensor:
 Pair = tuple[int, int]  # for rows and for columns
 
 
+def pools(values: Tensor, window: Pair, stride: Pair, padding: Pair, dilation: Pair) -> bool:
+    """Whether torch's pooling can do a window's sums, and better than sums of shifts."""
+    (high, wide), terms = window, values.numel() * window[0] * window[1] // (stride[0] * stride[1])
+    return (dilation == (1, 1) and 2 * padding[0] <= high and 2 * padding[1] <= wide and high * wide > 1
+            and (values.device.type != "cpu" or values.shape[1] > 1 or terms < 40000))
+
+
 def window_sums(values: Tensor, window: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """Sum under the window at every output position of a convolution with zeros around: [N, C, H, W] to [N, C, H', W']."""
+    if pools(values, window, stride, padding, dilation):
+        return F.avg_pool2d(values, window, stride, padding, divisor_override=1)
     for dim, size, step, pad, gap in zip((2, 3), window, stride, padding, dilation):
         if pad:
             values = F.pad(values, (0, 0, pad, pad) if dim == 2 else (pad, pad))
@@ -207,6 +216,9 @@ def window_sums(values: Tensor, window: Pair, stride: Pair, padding: Pair, dilat
 
 def spread_sums(values: Tensor, shape: Pair, window: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """The transpose of `window_sums`: [N, C, H', W'] to [N, C, *shape]."""
+    empty = values.new_empty(()).expand(*values.shape[:2], *shape)
+    if pools(empty, window, stride, padding, dilation):
+        return torch.ops.aten.avg_pool2d_backward(values.contiguous(), empty.contiguous(), window, stride, padding, False, True, 1)
     for dim, to, size, step, pad, gap in zip((3, 2), shape[::-1], window[::-1], stride[::-1], padding[::-1], dilation[::-1]):
         spread = values.new_zeros(*values.shape[:dim], to + 2 * pad, *values.shape[dim + 1 :])
         for i in range(size):
@@ -231,21 +243,32 @@ def cosine_scale(
     return scale.mul_(rate) if rate is not None and unit_norm else scale
 
 # %% ../../nbs/layers/bcos.ipynb #e02fa9df
-class FusedBcosConvolution(torch.autograd.Function):
-    """The B-cos convolution of [N, C, H, W], one group and MaxOut up to 2, with few passes over memory in both directions.
+def response_and_scale(
+    x: Tensor,        # [N, C, H, W]
+    filters: Tensor,  # as they are, or for MaxOut 2 from `FusedUnitNorm`, both halves one after the other
+    b: float,
+    max_out: int,     # 1 or 2
+    unit_norm: bool,
+    *geometry: Pair,  # stride, padding, dilation
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # response, scale, 1 / ‖x‖, 1 / ‖w‖, where the first filter won
+    """The two factors of a B-cos convolution, of which only the response has a graph, and what they are made of."""
+    response = F.conv2d(x, filters, None, *geometry)
+    with torch.no_grad():
+        inverse = (window_sums(energy_of(x), tuple(filters.shape[2:]), *geometry) + 1e-6).rsqrt_()
+        rate = weight_norms(filters).reciprocal_().view(1, -1, 1, 1) if max_out == 1 else None
+    first = None
+    if max_out == 2:
+        one, two = response.chunk(2, 1)
+        first, response = one >= two, torch.maximum(one, two)
+    return response, cosine_scale(response, inverse, rate, b, unit_norm), inverse, rate, first
 
-    Filters come as they are, or for MaxOut 2 from `FusedUnitNorm`, both halves one after the other.
-    """
+# %% ../../nbs/layers/bcos.ipynb #3c274aad
+class FusedBcosConvolution(torch.autograd.Function):
+    """The B-cos convolution of one group, with few passes over memory in both directions. Arguments as of `response_and_scale`."""
 
     @staticmethod
     def forward(ctx, x: Tensor, filters: Tensor, b: float, max_out: int, unit_norm: bool, *geometry: Pair) -> Tensor:
-        rate = weight_norms(filters).reciprocal_().view(1, -1, 1, 1) if max_out == 1 else None
-        inverse = (window_sums(energy_of(x), filters.shape[2:], *geometry) + 1e-6).rsqrt_()
-        response, first = F.conv2d(x, filters, None, *geometry), None
-        if max_out == 2:
-            one, two = response.chunk(2, 1)
-            first, response = one >= two, torch.maximum(one, two)
-        scale = cosine_scale(response, inverse, rate, b, unit_norm)
+        response, scale, inverse, rate, first = response_and_scale(x, filters, b, max_out, unit_norm, *geometry)
         tracked = any(ctx.needs_input_grad)
         out = response * scale if tracked and b != 2 else response.mul_(scale)
         if tracked:
@@ -281,7 +304,7 @@ class FusedBcosConvolution(torch.autograd.Function):
             to_response, x, filters, None, stride, padding, dilation, False, (0, 0), 1, (need_x, need_filters, False))
         if need_x:
             to_energy = product.sum(1, keepdim=True).mul_(inverse).mul_(inverse)
-            to_x.addcmul_(x, spread_sums(to_energy, x.shape[2:], filters.shape[2:], *geometry), value=-1)
+            to_x.addcmul_(x, spread_sums(to_energy, tuple(x.shape[2:]), tuple(filters.shape[2:]), *geometry), value=-1)
         if need_filters and rate is not None:
             along = (along + product.sum((0, 2, 3))).view(-1, 1, 1, 1)
             to_filters.addcmul_(filters, along * rate.view(-1, 1, 1, 1).square(), value=-1)
@@ -366,11 +389,7 @@ class BcosConv2d(DynamicLinearModule, nn.Conv2d):
             if self.padding_mode != "zeros" or padding == "same":
                 mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
                 energy, padding = F.pad(energy, self._reversed_padding_repeated_twice, mode), (0, 0)
-            if self.groups > 1 and self.dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, self.kernel_size)):
-                energy = F.avg_pool2d(energy, self.kernel_size, self.stride, padding) * (self.kernel_size[0] * self.kernel_size[1])
-            else:
-                energy = window_sums(energy, self.kernel_size, self.stride, padding, self.dilation)
-            norm = (energy + 1e-6).sqrt()
+            norm = (window_sums(energy, self.kernel_size, self.stride, padding, self.dilation) + 1e-6).sqrt()
         if self.groups > 1:
             norm = norm.repeat_interleave(self.out_channels // self.max_out // self.groups, dim=1)
         return norm
@@ -381,16 +400,6 @@ class BcosConv2d(DynamicLinearModule, nn.Conv2d):
                 and (self.max_out == 1 or self.max_out == 2 and self.unit_norm)
                 and x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64)
                 and not torch.is_autocast_enabled(x.device.type))
-
-    def frozen(self, x: Tensor, filters: Tensor) -> Tensor:
-        """The transform as a linear map of x: the scale is a constant, so nothing of how it came about is kept."""
-        rate = weight_norms(filters).reciprocal().view(1, -1, 1, 1) if self.max_out == 1 else None
-        response = F.conv2d(x, filters, None, self.stride, self.padding, self.dilation)
-        if self.max_out == 2:
-            response = torch.maximum(*response.chunk(2, 1))
-        with torch.no_grad():
-            inverse = self.patch_norm(x).reciprocal_()
-        return response * cosine_scale(response, inverse, rate, self.b, self.unit_norm)
 
     def composed(self, x: Tensor) -> Tensor:
         """The transform from single steps: for every option, differentiable any number of times, fused by a compiler."""
@@ -418,9 +427,11 @@ class BcosConv2d(DynamicLinearModule, nn.Conv2d):
         if not self.is_simple(x) or self.is_explaining and self.weight.requires_grad and torch.is_grad_enabled():
             return self.composed(x)
         filters = self.filters() if self.max_out == 1 else FusedUnitNorm.apply(self.filters(), 2)
-        if self.is_explaining:
-            return self.frozen(x, filters)
-        return FusedBcosConvolution.apply(x, filters, self.b, self.max_out, self.unit_norm, self.stride, self.padding, self.dilation)
+        arguments = x, filters, self.b, self.max_out, self.unit_norm, self.stride, self.padding, self.dilation
+        if torch.is_grad_enabled() and not self.is_explaining:
+            return FusedBcosConvolution.apply(*arguments)
+        response, scale, *_ = response_and_scale(*arguments)  # the scale a constant: nothing of how it came about is kept
+        return response * scale if torch.is_grad_enabled() else response.mul_(scale)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.transform(x)
