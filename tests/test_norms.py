@@ -83,10 +83,10 @@ def outputs_and_gradients(norm, x, with_bias=True):
     return out.detach(), *torch.autograd.grad((out * rand(*out.shape, seed=9).to(out.dtype)).sum(), wanted)
 
 
-def closed_form(name, x, weight, bias, eps, mean=None, variance=None):
+def closed_form(name, x, weight, bias, eps, mean=None, variance=None, groups=12):
     """The norm as its equation says, with statistics of x unless they are given."""
     shape = x.shape
-    values = x.unflatten(1, (12, -1)) if name in GROUPS else x
+    values = x.unflatten(1, (groups, -1)) if name in GROUPS else x
     dims = {"A": (0, 1, 2, 3), "B": (0, 2, 3), "P": (1,), "G": (2, 3, 4), "I": (2, 3), "L": (1, 2, 3)}
     kind = "A" if "All" in name else "B" if "Batch" in name else "G" if name in GROUPS else "I" if "Instance" in name else "L" if "GNLayer" in name else "P"
     centre = values.mean(dims[kind], keepdim=True)
@@ -192,6 +192,49 @@ def test_moments_keep_a_small_variance_beside_a_large_mean(shape, layout, offset
     exact = x.double()
     assert relative(mean, exact.mean((0, 2, 3))) <= 2e-6
     assert relative(variance, exact.var((0, 2, 3), correction=0)) <= (2e-5 if offset == 1000 else 2e-6)
+
+
+@every_norm
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("explaining", [False, True])
+def test_output_keeps_a_small_variance_beside_a_large_mean(name, layout, explaining):
+    norm, x = make_norm(name, CHANNELS), (rand(*SHAPE) + 300).contiguous(memory_format=LAYOUTS[layout])
+    exact = closed_form(name, x.double(), norm.weight.double(), None, norm.eps)
+    if explaining:
+        with explanation_mode(norm):
+            assert relative(norm(x), exact) <= 1e-4
+    assert relative(norm(x), exact) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["BatchNormUncentered2d", "AllNormUncentered2d", "AllNorm2d", "GroupNormUncentered2d", "DetachableGroupNorm2d"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_maps_of_real_size_equal_the_closed_form(name, layout, training):
+    norm = randomise(make_norm(name, 32, True)).train(training)
+    x = (2 * rand(4, 32, 72, 72) + 1).contiguous(memory_format=LAYOUTS[layout])
+    running = {} if training or not hasattr(norm, "running_var") else dict(mean=norm.running_mean.double(), variance=norm.running_var.double())
+
+    class Formula(nn.Module):
+        weight, bias = (nn.Parameter(p.detach().double()) for p in (norm.weight, norm.bias))
+
+        def forward(self, x):
+            return closed_form(name, x, self.weight, self.bias, norm.eps, **running, groups=32)
+
+    for mine, exact in zip(outputs_and_gradients(norm, x), outputs_and_gradients(Formula(), x.double()), strict=True):
+        assert relative(mine, exact) <= 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("of_gradient", ["contiguous", "channels_last", "expanded", "strided"])
+@pytest.mark.parametrize("name", ["BatchNormUncentered2d", "AllNorm2d", "GroupNormUncentered2d"])
+def test_a_gradient_may_have_another_layout_than_the_input(name, layout, of_gradient):
+    norm, x = randomise(make_norm(name, CHANNELS)).double(), rand(*SHAPE, dtype=torch.float64).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    gradient = rand(*SHAPE, seed=1, dtype=torch.float64)
+    gradient = {"contiguous": gradient, "channels_last": gradient.contiguous(memory_format=torch.channels_last),
+                "expanded": gradient[:, :, :1, :1].expand(SHAPE), "strided": gradient.repeat_interleave(2, 1)[:, ::2]}[of_gradient]
+    got = torch.autograd.grad(norm(x), (x, norm.weight), gradient)
+    exact = torch.autograd.grad(closed_form(name, x, norm.weight, None, norm.eps), (x, norm.weight), gradient)
+    assert all(relative(mine, theirs) <= 1e-10 for mine, theirs in zip(got, exact))
 
 
 # ---- reduced precision
