@@ -89,6 +89,8 @@ def power(
     exponent: float,  # at least 0
 ) -> Tensor:  # x ** exponent
     """A power; for multiples of a quarter by products and square roots, which cost a tenth of a general one on a CPU."""
+    if torch.compiler.is_compiling():  # the exponent may change from step to step and shall not compile anew
+        return x.pow(exponent)
     quarters = exponent * 4
     if quarters != int(quarters) or quarters > 16:
         return x.pow(exponent)
