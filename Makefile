@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help ablation demo test test-all lab bench notebooks export clean
+.PHONY: help ablation backbones bcosify demo test test-all lab bench notebooks export clean
 
 help: ## list the commands
 	@echo "make <command>, where <command> is one of"
@@ -26,6 +26,12 @@ bench: $(STAMP) ## measure speed on this machine
 
 ablation: $(STAMP) ## measure what each part of the training recipe does (a quarter of an hour on 2 cores)
 	@$(BIN)/python tests/ablation.py
+
+backbones: $(STAMP) ## train every B-cos backbone on the miniature and measure it (under an hour on 2 cores)
+	@$(BIN)/python tests/backbones.py
+
+bcosify: $(STAMP) ## from the demo's ordinary detector to a B-cos one, measured (ten minutes on 2 cores)
+	@$(BIN)/python tests/bcosify_demo.py
 
 notebooks: $(STAMP) ## execute the library notebooks in place, so that their outputs are current
 	@$(BIN)/python tests/check.py --refresh
