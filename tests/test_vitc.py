@@ -191,8 +191,8 @@ def distance(got, expected):
 
 
 def check_parity(theirs, ours, batch):
-    """Logits in float32. W(x) and the image in float64, where rounding does not decide which of two tied MaxOut units answers; and that the W(x)
-    of float32 is about as near to that of float64 as the package's own."""
+    """Logits in float32. W(x) and the image in float64, where rounding does not decide which of two tied MaxOut units answers; and that, without
+    MaxOut, the W(x) of float32 is about as near to that of float64 as the package's own."""
     encoded = ours.encode(batch)
     with torch.no_grad():
         assert difference(ours(batch), theirs(encoded)) < 1e-4
@@ -206,7 +206,8 @@ def check_parity(theirs, ours, batch):
     assert difference(alpha, picture[..., 3]) < 1e-5
     colour = colour_images(double.weights, alpha)[..., :3]
     assert distance(colour, picture[..., :3]) < 1e-5 and difference(colour, picture[..., :3]) < 1e-3  # a ratio, of two small numbers here and there
-    assert distance(single.weights, expected) < 3 * distance(single_theirs, expected) + 1e-4
+    if {layer.max_out for layer in ours.modules() if isinstance(layer, (BcosConv2d, BcosLinear))} == {1}:
+        assert distance(single.weights, expected) < 3 * distance(single_theirs, expected) + 1e-4
 
 
 SMALL = dict(dim=48, depth=2, heads=1, mlp_dim=192, conv_stem=[8, 16, 24, 48])
@@ -281,7 +282,7 @@ def test_names_of_the_reference_package(name, expected):
 
 @pytest.mark.parametrize("b", EXPONENTS)
 @pytest.mark.parametrize("options", [{}, dict(variant="study"), dict(stem="fine", norm_bias=True, norm_2d_bias=True, logit_bias=-1.0),
-                                     dict(norm_2d="BatchNormUncentered2d", max_out=1, token_stride=8)])
+                                     dict(norm_2d="BatchNorm2d", max_out=1, token_stride=8)])
 def test_contributions_and_bias_make_the_logit(b, options):
     detector = small(b, **options)
     generator = torch.Generator().manual_seed(1)
@@ -298,7 +299,7 @@ def test_contributions_and_bias_make_the_logit(b, options):
 
 
 def test_without_constants_there_is_no_bias():
-    detector = small(position_scale=0.0, norm_2d="BatchNormUncentered2d")
+    detector = small(position_scale=0.0)
     row = dynamic_linear(detector, images())
     assert not row.bias.any() and torch.allclose(row.contributions.sum((1, 2)), row.logits[:, 1], rtol=1e-3, atol=1e-7)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..layers.attention import Attention
 from ..layers.bcos import DynamicLinearModule
 from ..layers.norms import make_norm
-from .detector import Detector, register_detector
+from .detector import Detector, register_detector, study_norms
 from .parts import Parts, scale_channels
 
 # %% ../../nbs/models/vitc.ipynb #cbcd36c7
@@ -163,7 +163,7 @@ class ViTC(Detector):
         stem: str = "imagenet",          # one of `STEMS`
         token_stride: int | None = None,  # pixels from token to token, a power of 2; None: the stem's
         position_scale: float | None = None,  # factor on the positional embedding; None: `start_position_scale`
-        norm_2d: str = "BatchNorm2d",    # norm in the B-cos stem, one of `NORMS`
+        norm_2d: str = "BatchNormUncentered2d",  # norm in the B-cos stem, one of `NORMS`
         norm_2d_bias: bool = False,      # whether that norm learns a constant
     ):
         if stem not in STEMS:
@@ -218,9 +218,8 @@ class ViTC(Detector):
 def study_form(
     b: float,  # exponent B
 ) -> dict:  # options of `create_detector`
-    """The study's B-cos ViT: MaxOut 2, no zero-mean filters, no temperature, and its search's norms for this B."""
-    return dict(max_out=2, zero_mean=0.0, energy_stem=False, logit_temperature=1.0, position_scale=1.0,
-                norm="DetachableLayerNorm", norm_bias=b in (1.25, 2), norm_2d="BatchNorm2d", norm_2d_bias=b == 1.75)
+    """The study's B-cos ViT: MaxOut 2, no zero-mean filters, no temperature, positions as they are, and its search's norms."""
+    return dict(max_out=2, zero_mean=0.0, energy_stem=False, logit_temperature=1.0, position_scale=1.0, **study_norms("vitc_ti", b))
 
 
 for _name, _size in SIZES.items():
