@@ -254,6 +254,23 @@ def test_statistics_are_float32_under_autocast(name):
         assert norm.running_var.dtype == torch.float32
 
 
+@every_norm
+@with_and_without_bias
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("parameters,given", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_parameters_and_input_may_differ_in_precision(name, bias, layout, parameters, given):
+    norm = randomise(make_norm(name, CHANNELS, bias)).to(parameters)
+    x = rand(*SHAPE).to(given).contiguous(memory_format=LAYOUTS[layout])
+    exact = closed_form(name, x.double(), norm.weight.double(), None if norm.bias is None else norm.bias.double(), norm.eps)
+    out, *gradients = outputs_and_gradients(norm, x)
+    assert out.dtype == gradients[0].dtype == given and gradients[1].dtype == parameters
+    assert relative(out, exact) <= (2**-8 if given == torch.bfloat16 else 1e-6)
+    norm.eval()
+    with explanation_mode(norm):
+        assert norm(x).dtype == given
+    assert norm(x).dtype == given and norm(x).isfinite().all()
+
+
 # ---- the table, cell by cell
 
 def changed_by(norm, x, index):

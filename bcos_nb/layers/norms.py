@@ -95,6 +95,9 @@ def across(
     return values[..., None, None]
 
 
+LARGE = 2**19  # elements; below, calling a kernel costs as much as its passes over memory
+
+
 def affine(
     x: Tensor,      # [N, C, H, W]
     scale: Tensor,  # [1 or C, 1, 1] or [N, 1 or C, 1, 1]
@@ -108,9 +111,6 @@ def affine(
         scale, shift = (values.flatten().expand(channels).contiguous() for values in (scale, shift))
         return torch.batch_norm(x, scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0, False)
     return torch.addcmul(shift, x, scale)
-
-
-LARGE = 2**19  # elements; below, calling a kernel costs as much as its passes over memory
 
 
 class FusedScaleByDeviation(torch.autograd.Function):
@@ -194,7 +194,7 @@ class BatchNormUncentered2d(DynamicLinearModule, nn.BatchNorm2d):
     def normalise(self, x: Tensor) -> Tensor:
         """The norm of an input in float32 or float64."""
         if self.training and not self.is_explaining and not torch.compiler.is_compiling():
-            out = FusedScaleByDeviation.apply(x, self.weight, *self.statistics(x.detach()), self.eps, self.centres)
+            out = FusedScaleByDeviation.apply(x, self.weight.to(x.dtype), *self.statistics(x.detach()), self.eps, self.centres)
             return out if self.bias is None else out + self.bias.view(1, -1, 1, 1)
         mean, variance = self.statistics(self.dynamic(x))
         scale = self.weight * (variance + self.eps).rsqrt()
@@ -202,7 +202,7 @@ class BatchNormUncentered2d(DynamicLinearModule, nn.BatchNorm2d):
         if self.centres:
             shift = -mean * scale if shift is None else shift - mean * scale
         if shift is not None and not self.is_explaining:
-            return affine(x, across(scale, x.shape[1]), across(shift, x.shape[1]))
+            return affine(x, *(across(values.to(x.dtype), x.shape[1]) for values in (scale, shift)))
         out = x * scale.view(-1, 1, 1)
         return out if shift is None else self.add_constant(out, shift)
 
@@ -213,7 +213,7 @@ class BatchNorm2d(BatchNormUncentered2d):
     centres, unbiased = True, True
 
     def normalise(self, x: Tensor) -> Tensor:
-        if not self.training or self.is_explaining:
+        if not self.training or self.is_explaining or self.weight.dtype != x.dtype:
             return super().normalise(x)
         self.num_batches_tracked.add_(1)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps)
@@ -270,13 +270,14 @@ class GroupNormUncentered2d(DynamicLinearModule, nn.GroupNorm):
             full = in_full_precision(x)
             if self.is_explaining or not self.centres or x.device.type == "cpu" and not is_in_planes(full):
                 return self.normalise(full).to(x.dtype)
-            return F.group_norm(full, self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
+            parameters = (None if p is None else p.to(full.dtype) for p in (self.weight, self.bias))
+            return F.group_norm(full, self.num_groups, *parameters, self.eps).to(x.dtype)
 
     def normalise(self, x: Tensor) -> Tensor:
         """The norm of an input in float32 or float64, with its deviation held fixed in explanation mode."""
         if not self.is_explaining and not torch.compiler.is_compiling():
             moments = image_moments(x.detach(), self.num_groups)
-            out = FusedScaleByDeviation.apply(x, self.weight, *moments, self.eps, self.centres)
+            out = FusedScaleByDeviation.apply(x, self.weight.to(x.dtype), *moments, self.eps, self.centres)
         else:
             mean, variance = image_moments(x, self.num_groups)
             scale = across(self.weight, x.shape[1]) * across((self.dynamic(variance) + self.eps).rsqrt(), x.shape[1])
@@ -342,7 +343,8 @@ class DetachableLayerNorm(DynamicLinearModule, nn.LayerNorm):
         with without_autocast(x):
             full = in_full_precision(x)
             if self.centres and not self.is_explaining:
-                out = F.layer_norm(full.movedim(self.dim, -1), self.normalized_shape, self.weight, self.bias, self.eps)
+                parameters = (None if p is None else p.to(full.dtype) for p in (self.weight, self.bias))
+                out = F.layer_norm(full.movedim(self.dim, -1), self.normalized_shape, *parameters, self.eps)
                 return out.movedim(-1, self.dim).to(x.dtype)
             shape = [1] * x.ndim
             shape[self.dim] = -1
