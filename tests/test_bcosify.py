@@ -12,7 +12,7 @@ from bcos_nb.explainers import explain_many
 from bcos_nb.layers import BatchNorm2d, BatchNormUncentered2d, BcosConv2d, BcosLinear, Standardize, dynamic_linear, explanation_mode
 from bcos_nb.layers.bcos import DynamicLinearModule
 from bcos_nb.models import Detector, create_detector, list_detectors, load_detector, save_detector
-from bcos_nb.models.bcosify import (BcosifiedAttention, Form, GatedActivation, bcosify, biases_of, decay_biases, rebuild, six_channel_weight,
+from bcos_nb.models.bcosify import (BcosifiedAttention, Form, GatedActivation, bcosify, biases_of, decay_biases, rebuild, renew_statistics, six_channel_weight,
                                     with_exponent)
 
 SMALL = {"vitc_ti": dict(depth=2), "vitc_s": dict(depth=1), "vitc_b": dict(depth=1)}
@@ -186,6 +186,21 @@ def test_biases_decay_with_training_steps_only():
         decay_biases(detector, 2)
 
 
+def test_statistics_are_renewed_at_the_present_exponent_and_nothing_else_changes():
+    detector, batch = bcosify(own("resnet10"), 2), images(12, 64, 64)
+    detector.network.layer1.train()
+    before, modes = {name: value.clone() for name, value in detector.state_dict().items()}, [layer.training for layer in detector.modules()]
+    seen = []
+    handle = detector.network.bn1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
+    assert renew_statistics(detector, batch, batch_size=4) is detector
+    handle.remove()
+    assert torch.allclose(detector.network.bn1.running_mean, torch.cat(seen).mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(detector.network.bn1.running_var, torch.stack([one.var((0, 2, 3)) for one in seen]).mean(0), rtol=1e-4)
+    changed = {name.rpartition(".")[2] for name, value in detector.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"running_mean", "running_var", "num_batches_tracked"} and [layer.training for layer in detector.modules()] == modes
+    assert {layer.momentum for layer in detector.modules() if isinstance(layer, nn.BatchNorm2d)} == {0.5}
+
+
 def test_activations_and_pooling_may_be_replaced():
     network = own("resnet10")
     plain = bcosify(network, 2, activation="drop", pool="average")
@@ -329,6 +344,15 @@ def test_what_cannot_be_bcosified_is_refused(make, options, words):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="at least 1"):
         bcosify(nn.Linear(1, 1), 0.5)
+
+
+@pytest.mark.parametrize("change", [dict(b=0.5), dict(bcosified={}), dict(extra=1), dict(bcosified=dict(base=dict(arch="resnet99"), form={}))])
+def test_a_damaged_recipe_is_named(change, tmp_path):
+    path = save_detector(bcosify(own("resnet10"), 2), tmp_path / "detector.safetensors")
+    recipe = path.with_suffix(".json")
+    recipe.write_text(json.dumps(json.loads(recipe.read_text()) | change))
+    with pytest.raises(ValueError, match=r"detector\.json"):
+        load_detector(path)
 
 
 def test_a_network_without_constructor_works_but_is_not_saved(tmp_path):

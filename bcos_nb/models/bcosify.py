@@ -7,8 +7,8 @@ __all__ = ['RECTIFIERS', 'GATED', 'GATES', 'ADDED', 'six_channel_weight', 'Gated
            'BcosifiedAttention', 'Form', 'put', 'bcos_conv', 'bcos_linear', 'dynamic_batch_norm', 'takes_maps',
            'dynamic_token_norm', 'bcos_attention', 'counterpart', 'convert', 'with_exponent', 'watch', 'find_stem',
            'find_cam_layer', 'scores_positions', 'as_convolution', 'Bcosified', 'assemble', 'check_bcosified',
-           'new_classifier', 'construct', 'bcosify', 'size_of', 'check_constructor', 'rebuild', 'biases_of',
-           'decay_biases']
+           'new_classifier', 'construct', 'bcosify', 'size_of', 'check_constructor', 'rebuild', 'renew_statistics',
+           'biases_of', 'decay_biases']
 
 # %% ../../nbs/models/bcosify.ipynb #ff840ea4
 import copy
@@ -456,7 +456,7 @@ def check_bcosified(detector: Bcosified, images: Tensor, expected: Tensor | None
             error = float(dynamic_linear(detector, images, 0, check=False).error.max())
             if not error < 1e-4:
                 raise ValueError(f"{detector.arch} is no linear map in explanation mode: at B = {b}, contributions and constants miss its output by {error:.1e}. It computes "
-                                 f"something that no layer shows, or one of these is not linear: {leaves}.")
+                                 f"something outside its layers, or a layer without a B-cos form is not linear ({leaves}).")
     finally:
         with_exponent(detector, detector.b)
 
@@ -478,7 +478,10 @@ def construct(constructor: str, options: dict[str, Any]) -> nn.Module:
     if package == "torchvision":
         return torchvision.models.get_model(name, weights=None, **options)
     if package == "timm":
-        import timm  # optional
+        try:
+            import timm  # optional
+        except ImportError as error:
+            raise ValueError(f"{constructor} needs timm, which is not installed: pip install timm.") from error
         return timm.create_model(name, pretrained=False, **options)
     raise ValueError(f"constructor={constructor!r} is unknown. Give \"torchvision/<name>\" or \"timm/<name>\", as in \"torchvision/resnet18\".")
 
@@ -560,7 +563,7 @@ def rebuild(
     b: float,
 ) -> Bcosified:  # with random weights
     """A B-cosified detector as it was, for `load_detector` to fill."""
-    recipe = dict(bcosified)
+    recipe, b = dict(bcosified), check_b(b)
     form = Form(**recipe["form"])
     if "base" in recipe:
         base = create_detector(**recipe["base"])
@@ -575,6 +578,28 @@ def rebuild(
     return detector
 
 # %% ../../nbs/models/bcosify.ipynb #3ce2ad1d
+@torch.no_grad()
+def renew_statistics(
+    detector: nn.Module,  # changed in place: the running statistics of its batch norms
+    images: Tensor,       # [N, 3, H, W] in [0, 1], of the training set
+    batch_size: int = 64,
+) -> nn.Module:  # the same
+    """Replaces the running statistics of batch norms by those of some images at the detector's present exponent."""
+    norms = [layer for layer in detector.modules() if isinstance(layer, nn.BatchNorm2d)]
+    before = [(layer.momentum, layer.training) for layer in norms]
+    try:
+        with evaluating(detector):
+            for number, batch in enumerate(images.split(batch_size), 1):
+                for layer in norms:
+                    layer.momentum = 1 / number  # the mean over all batches
+                    layer.train()
+                detector(batch)
+    finally:
+        for layer, (momentum, training) in zip(norms, before):
+            layer.momentum, layer.training = momentum, training
+    return detector
+
+
 def biases_of(detector: nn.Module) -> list[nn.Parameter]:
     """All constants that a detector's layers learn to add: of B-cos layers, norms and attention."""
     return [layer.bias for layer in detector.modules() if isinstance(layer, DynamicLinearModule) and isinstance(getattr(layer, "bias", None), nn.Parameter)]

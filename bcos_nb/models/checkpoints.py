@@ -88,7 +88,7 @@ def load_detector(
         detector = rebuild(**arguments) if "bcosified" in arguments else create_detector(**arguments)
         if standardize:
             standardize_with(detector, *standardize)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{recipe} does not say how to build a detector ({error}). Copy it again, or train the detector again.") from error
     try:
         state = load_file(path)
