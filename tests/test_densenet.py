@@ -13,7 +13,7 @@ from torch import nn
 from bcos_nb.explainers import explain_many
 from bcos_nb.layers import BcosConv2d, dynamic_linear
 from bcos_nb.models import create_detector, load_detector, save_detector
-from bcos_nb.models.densenet import from_bcos_v2
+from bcos_nb.models.densenet import from_bcos_v2, start_size
 
 BNU = reference_norms.NoBias(reference_norms.BatchNormUncentered2d)
 POSITION = reference_norms.NoBias(reference_norms.DetachablePositionNorm2d)
@@ -56,6 +56,27 @@ def test_width_and_layers():
     assert create_detector("densenet121", width=0.125).features.denseblock1.denselayer1.conv2.weight.shape == (4, 16, 3, 3)
     assert create_detector("densenet121", width=0.125, layers=(2, 2, 2)).classifier.in_features == 16
     assert create_detector("densenet121").classifier.in_features == 1024
+
+
+def test_weights_start_at_one_size_and_its_size_changes_no_answer():
+    torch.manual_seed(0)
+    sizes = {layer.weight.square().mean().sqrt().item() for layer in create_detector("densenet121", b=2, width=0.125).features.modules() if isinstance(layer, BcosConv2d)}
+    assert min(sizes) > 0.0299 and max(sizes) < 0.0301
+    detector = create_detector("densenet121", b=2, width=0.125, layers=(1, 1), weight_size=None).eval()
+    with torch.no_grad():
+        before = detector(images())
+        start_size(detector, 0.5)
+        assert torch.allclose(detector(images()), before, rtol=1e-4)
+    kept = create_detector("densenet121", b=2, width=0.125, layers=(1, 1), unit_norm=False)
+    before = [value.clone() for value in kept.parameters()]
+    start_size(kept, 0.5)  # without unit norm the size is part of what a layer computes
+    assert all(torch.equal(old, new) for old, new in zip(before, kept.parameters()))
+
+
+def test_the_fine_stem_needs_32_pixels():
+    assert create_detector("densenet121", b=2, width=0.125, stem="fine")(images(2, 32)).shape == (2, 2)
+    with pytest.raises(ValueError, match="at least 32 px a side"):
+        create_detector("densenet121", b=2, width=0.125, stem="fine")(images(2, 31))
 
 
 def test_both_stems_end_on_positions_of_32_pixels():
