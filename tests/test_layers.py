@@ -282,16 +282,37 @@ def test_filters_of_zeros_stay_silent():
         assert bool((layer(rand(1, 3, 5, 5)) == 0).all())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("b", [1.75, 2])
-@pytest.mark.parametrize("options", [dict(padding=1), dict(padding=1, max_out=2), dict(padding=1, groups=2), dict(stride=2, unit_norm=False, bias=True)], ids=named)
-def test_the_compiled_layer_equals_the_eager_one(options, b):
+def compiled_equals_eager(options, b, backend):
     layer = BcosConv2d(4, 8, 3, b=b, **options)
     x = rand(2, 4, 10, 10)
     torch.compiler.reset()
-    compiled = torch.compile(layer)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
     for mine, eager in zip(outputs_and_gradients(compiled, x, layer.weight), outputs_and_gradients(layer, x, layer.weight)):
         assert close(mine, eager)
+
+
+GRAPHS = [dict(padding=1), dict(padding=1, max_out=2), dict(padding=1, groups=2), dict(stride=2, unit_norm=False, bias=True)]
+
+
+@pytest.mark.parametrize("b", [1.75, 2])
+@pytest.mark.parametrize("options", GRAPHS, ids=named)
+def test_the_traced_layer_is_one_graph_and_equals_the_eager_one(options, b):
+    compiled_equals_eager(options, b, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", GRAPHS, ids=named)
+def test_the_compiled_layer_equals_the_eager_one(options):
+    compiled_equals_eager(options, 1.75, "inductor")
+
+
+def test_a_compiled_layer_may_change_its_exponent():
+    layer, x = BcosConv2d(4, 8, 3, b=1.1), rand(2, 4, 10, 10)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for b in (1.1, 1.3, 1.75, 2.0):
+        layer.b = b
+        assert close(compiled(x), layer(x))
 
 
 # ---- the equations, read literally

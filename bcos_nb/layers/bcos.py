@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SMALLEST_NORM', 'Pair', 'DynamicLinearModule', 'check_b', 'in_full_precision', 'max_out_units', 'scale_by_cosine',
            'power', 'FusedMaxOutScale', 'weight_norms', 'FusedUnitNorm', 'energy_of', 'every', 'pools', 'window_sums',
-           'spread_sums', 'cosine_scale', 'response_and_scale', 'FusedBcosConvolution', 'norm_of_winner', 'check_units',
-           'BcosConv2d', 'own_options', 'BcosLinear']
+           'spread_sums', 'apart_window_sums', 'apart_spread_sums', 'keep_geometry', 'spread_gradient', 'cosine_scale',
+           'response_and_scale', 'FusedBcosConvolution', 'norm_of_winner', 'check_units', 'BcosConv2d', 'own_options',
+           'BcosLinear']
 
 # %% ../../nbs/layers/bcos.ipynb #7462581f
 import torch
@@ -178,10 +179,12 @@ class FusedUnitNorm(torch.autograd.Function):
 def energy_of(
     x: Tensor,  # [N, C, H, W]
 ) -> Tensor:  # [N, 1, H, W]
-    """Sum of squares over channels, in one pass where the channels lie side by side."""
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() and not torch.compiler.is_compiling():
-        return torch.linalg.vector_norm(x, dim=1, keepdim=True).square()
-    return x.square().sum(1, keepdim=True)
+    """Sum of squares over channels, in float32 at least; in one pass on a GPU and where the channels lie side by side."""
+    side_by_side = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    if torch.compiler.is_compiling() or x.device.type == "cpu" and not side_by_side:
+        return in_full_precision(x).square().sum(1, keepdim=True)
+    precision = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=precision).square()
 
 
 def every(x: Tensor, dim: int, first: int, count: int, step: int) -> Tensor:
@@ -203,6 +206,8 @@ def pools(values: Tensor, window: Pair, stride: Pair, padding: Pair, dilation: P
 
 def window_sums(values: Tensor, window: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """Sum under the window at every output position of a convolution with zeros around: [N, C, H, W] to [N, C, H', W']."""
+    if torch.compiler.is_compiling() and window != (1, 1):
+        return apart_window_sums(values, window, stride, padding, dilation)
     if pools(values, window, stride, padding, dilation):
         return F.avg_pool2d(values, window, stride, padding, divisor_override=1)
     for dim, size, step, pad, gap in zip((2, 3), window, stride, padding, dilation):
@@ -227,6 +232,41 @@ def spread_sums(values: Tensor, shape: Pair, window: Pair, stride: Pair, padding
             every(spread, dim, i * gap, values.shape[dim], step).add_(values)
         values = spread.narrow(dim, pad, to)
     return values
+
+# %% ../../nbs/layers/bcos.ipynb #b12cb87e
+@torch.library.custom_op("bcos_nb::window_sums", mutates_args=())
+def apart_window_sums(values: Tensor, window: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+    """`window_sums` as an operator of its own."""
+    return window_sums(values, tuple(window), tuple(stride), tuple(padding), tuple(dilation)).clone()
+
+
+@torch.library.custom_op("bcos_nb::spread_sums", mutates_args=())
+def apart_spread_sums(values: Tensor, shape: list[int], window: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+    """`spread_sums` as an operator of its own."""
+    return spread_sums(values, tuple(shape), tuple(window), tuple(stride), tuple(padding), tuple(dilation)).clone()
+
+
+@apart_window_sums.register_fake
+def _(values, window, stride, padding, dilation):
+    sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(values.shape[2:], window, stride, padding, dilation)]
+    return values.new_empty(*values.shape[:2], *sizes)
+
+
+@apart_spread_sums.register_fake
+def _(values, shape, window, stride, padding, dilation):
+    return values.new_empty(*values.shape[:2], *shape)
+
+
+def keep_geometry(ctx, inputs, output) -> None:
+    values, *ctx.geometry = inputs
+    ctx.shape = list(values.shape[2:])
+
+
+def spread_gradient(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return apart_spread_sums(gradient, ctx.shape, *ctx.geometry), None, None, None, None
+
+
+apart_window_sums.register_autograd(spread_gradient, setup_context=keep_geometry)
 
 # %% ../../nbs/layers/bcos.ipynb #f2b59816
 @torch.no_grad()
@@ -385,8 +425,7 @@ class BcosConv2d(DynamicLinearModule, nn.Conv2d):
     def patch_norm(self, x: Tensor) -> Tensor:
         """‖x‖ of the patch under each output position, in float32: [N, 1 or out_channels, H', W']."""
         with torch.autocast(x.device.type, enabled=False):
-            x = in_full_precision(x)
-            energy = energy_of(x) if self.groups == 1 else x.unflatten(1, (self.groups, -1)).square().sum(2)
+            energy = energy_of(x) if self.groups == 1 else in_full_precision(x).unflatten(1, (self.groups, -1)).square().sum(2)
             padding = self.padding
             if self.padding_mode != "zeros" or padding == "same":
                 mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -411,8 +450,10 @@ class BcosConv2d(DynamicLinearModule, nn.Conv2d):
             norms = weight_norms(filters)
         elif self.max_out == 1 and torch.compiler.is_compiling():  # no pass over the weights; the one over the response is fused
             rate = weight_norms(filters).reciprocal().view(1, -1, 1, 1)
-        else:
+        elif self.is_explaining or torch.compiler.is_compiling():
             filters = self.unit_weight()
+        else:
+            filters = FusedUnitNorm.apply(filters, 1)
         response = self._conv_forward(x, filters.to(x.dtype), None)
         response = response if rate is None else response * rate.to(response.dtype)
         if self.b == 1:
