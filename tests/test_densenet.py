@@ -155,19 +155,16 @@ def test_a_saved_detector_comes_back(b, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("b", [None, 2])
-def test_it_learns_to_tell_two_kinds_of_noise_apart(b):
+def test_it_learns_a_batch_by_heart(b):
     torch.manual_seed(0)
-    detector = create_detector("densenet121", b=b, width=0.125, stem="fine", layers=(2, 2, 2, 2)).train()
-    optimizer = torch.optim.Adam(detector.parameters(), 2e-3)
-    labels = torch.arange(16) % 2
-    losses = []
-    for step in range(60):
-        batch = 0.5 + 0.1 * images(16, 32, seed=step)
-        batch = torch.where(labels.view(-1, 1, 1, 1) == 1, batch, batch.roll(1, 3) / 2 + batch / 2)
+    detector = create_detector("densenet121", b=b, width=0.125, stem="fine").train()
+    optimizer = torch.optim.Adam(detector.parameters(), 5e-4)
+    batch, labels, losses = images(8, 64), torch.arange(8) % 2, []
+    for _ in range(40):
         loss = torch.nn.functional.cross_entropy(detector(batch), labels)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-10:]) / 10 < 0.5, losses
+    assert losses[-1] < 0.3, losses
 
 
 @pytest.mark.parametrize("b", [None, 2])
