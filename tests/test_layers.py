@@ -718,5 +718,5 @@ def test_a_temperature_that_is_not_positive_is_refused(temperature):
 
 
 def test_an_unknown_norm_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="BatchNormUncentered2d, BatchNorm2d"):
+    with pytest.raises(ValueError, match="AllNormUncentered2d, BatchNormUncentered2d"):
         make_norm("LayerNorm", 4)

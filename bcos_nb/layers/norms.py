@@ -384,8 +384,7 @@ def make_norm(
 ) -> nn.Module:  # the layer
     """A norm by its name. Raises ValueError for an unknown name, and for tokens with any but DetachableLayerNorm."""
     if name not in NORMS:
-        raise ValueError(f"norm={name!r} is unknown. Choose one of: {', '.join(NORMS)}. "
-                         "Most tried are those over the batch: BatchNormUncentered2d, BatchNorm2d.")
+        raise ValueError(f"norm={name!r} is unknown. Choose one of: {', '.join(NORMS)}.")
     if tokens and name != "DetachableLayerNorm":
         raise ValueError(f"norm={name!r} normalises feature maps, [N, C, H, W]. For tokens, [..., C], give DetachableLayerNorm.")
     if name == "DetachableLayerNorm":
