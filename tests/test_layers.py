@@ -23,7 +23,7 @@ from bcos_nb.layers import (
     explanation_mode,
     make_norm,
 )
-from bcos_nb.layers.bcos import FusedBcosConvolution, FusedMaxOutScale, FusedUnitNorm, max_out_units, power
+from bcos_nb.layers.bcos import FusedBcosConvolution, FusedMaxOutScale, FusedUnitNorm, complement_of, max_out_units, power
 from bcos_nb.layers.dynamic_linear import without_weight_gradients
 from bcos_nb.layers.norms import FusedScaleByDeviation
 from bcos_nb.models import create_detector
@@ -259,6 +259,31 @@ def test_the_reference_pads_its_norms_with_zeros_whatever_the_mode():
     assert difference[..., 1:-1, 1:-1].max() < 1e-5 < 1e-2 < difference.max()
 
 
+@pytest.mark.parametrize("b", [1, 1.75, 2])
+@pytest.mark.parametrize("options", [{}, dict(max_out=2, zero_mean=0.5), dict(unit_norm=False, bias=True), dict(dilation=2)], ids=named)
+def test_the_first_layer_sees_the_encoding_as_any_other_input(options, b):
+    """It may convolve three channels instead of six, but not so that anybody notices."""
+    layer = BcosConv2d(6, 4, 5, 2, 3, b=b, **options).double()
+    images = rand(2, 3, 11, 12, dtype=torch.float64)
+    encoded = AddInverse()(images)
+    assert b == 1 or complement_of(encoded) is images
+    answers = []
+    for x in (encoded, encoded.clone()):
+        out = layer(x)
+        projection = rand(*out.shape, seed=9, dtype=torch.float64)
+        with torch.no_grad():
+            plain = layer(x)
+        answers.append((out, plain, *torch.autograd.grad((out * projection).sum(), [*layer.parameters()])))
+    for mine, theirs in zip(*answers):
+        assert close(mine, theirs, 1e-10)
+    images.add_(1)
+    assert complement_of(encoded) is None and close(layer(encoded), answers[1][0], 1e-10)
+    with torch.inference_mode():
+        assert close(layer(AddInverse()(images - 1)), answers[1][0], 1e-10)
+    tracked = AddInverse()((images - 1).requires_grad_())
+    assert complement_of(tracked) is None and close(layer(tracked), answers[1][0], 1e-10)
+
+
 @pytest.mark.parametrize("padding,kernel_size", [("same", 3), ("same", 4), ("valid", 3)])
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
 @pytest.mark.filterwarnings("ignore:Using padding")
@@ -417,7 +442,7 @@ def test_derivative_of_the_fused_convolution(b, max_out, unit_norm):
     x, filters = rand(2, 2, 5, 4, dtype=torch.float64).requires_grad_(), rand(4, 2, 3, 2, seed=1, dtype=torch.float64).requires_grad_()
     if max_out == 2:
         filters = FusedUnitNorm.apply(filters, 2).detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, w: FusedBcosConvolution.apply(x, w, b, max_out, unit_norm, (2, 1), (1, 1), (1, 2)), (x, filters))
+    assert torch.autograd.gradcheck(lambda x, w: FusedBcosConvolution.apply(x, w, b, max_out, unit_norm, None, (2, 1), (1, 1), (1, 2)), (x, filters))
 
 
 def test_derivative_of_the_fused_norm_counts_the_variance():

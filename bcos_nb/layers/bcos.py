@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SMALLEST_NORM', 'Pair', 'DynamicLinearModule', 'check_b', 'in_full_precision', 'max_out_units', 'scale_by_cosine',
            'power', 'FusedMaxOutScale', 'weight_norms', 'FusedUnitNorm', 'energy_of', 'every', 'pools', 'window_sums',
-           'spread_sums', 'apart_window_sums', 'apart_spread_sums', 'keep_geometry', 'spread_gradient', 'cosine_scale',
+           'spread_sums', 'apart_window_sums', 'apart_spread_sums', 'keep_geometry', 'spread_gradient',
+           'mark_complement', 'complement_of', 'convolve_complement', 'complement_gradient', 'cosine_scale',
            'response_and_scale', 'FusedBcosConvolution', 'norm_of_winner', 'check_units', 'BcosConv2d', 'own_options',
            'BcosLinear']
 
@@ -268,6 +269,44 @@ def spread_gradient(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 apart_window_sums.register_autograd(spread_gradient, setup_context=keep_geometry)
 
+# %% ../../nbs/layers/bcos.ipynb #a463ddad
+def mark_complement(
+    encoded: Tensor,  # [x, 1 − x], [N, 2C, H, W]
+    images: Tensor,   # the x, [N, C, H, W]
+) -> Tensor:  # encoded
+    """Notes what an encoding was made of, where that can be told later from a changed one."""
+    if not torch.compiler.is_compiling() and not encoded.is_inference() and not images.is_inference():
+        encoded.complement_of = images, images._version, encoded._version
+    return encoded
+
+
+def complement_of(
+    x: Tensor,  # perhaps marked
+) -> Tensor | None:  # the y of x = [y, 1 − y]; None where x is nothing of the kind, or needs a gradient itself
+    """What an encoding was made of."""
+    if x.requires_grad or not hasattr(x, "complement_of"):
+        return None
+    images, *versions = x.complement_of
+    return images if versions == [images._version, x._version] else None
+
+
+def convolve_complement(images: Tensor, filters: Tensor, *geometry: Pair) -> Tensor:
+    """conv([x, 1 − x], filters) from x alone."""
+    one, two = filters.chunk(2, 1)
+    border = F.conv2d(images.new_ones(1, 1, *images.shape[2:]), two.sum(1, keepdim=True), None, *geometry)
+    return F.conv2d(images, one - two, None, *geometry).add_(border)
+
+
+def complement_gradient(gradient: Tensor, images: Tensor, filters: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """Gradient of `convolve_complement` with respect to the filters."""
+    def to_filters(gradient: Tensor, x: Tensor) -> Tensor:
+        like = filters[:, : x.shape[1]]
+        return torch.ops.aten.convolution_backward(gradient, x, like, None, stride, padding, dilation, False, (0, 0), 1, (False, True, False))[1]
+
+    one = to_filters(gradient, images)
+    both = to_filters(gradient.sum(0, keepdim=True), images.new_ones(1, 1, *images.shape[2:]))
+    return torch.cat([one, both - one], 1)
+
 # %% ../../nbs/layers/bcos.ipynb #f2b59816
 @torch.no_grad()
 def cosine_scale(
@@ -291,10 +330,11 @@ def response_and_scale(
     b: float,
     max_out: int,     # 1 or 2
     unit_norm: bool,
+    images: Tensor | None,  # where x is [images, 1 − images] and needs no gradient
     *geometry: Pair,  # stride, padding, dilation
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # response, scale, 1 / ‖x‖, 1 / ‖w‖, where the first filter won
     """The two factors of a B-cos convolution, of which only the response has a graph, and what they are made of."""
-    response = F.conv2d(x, filters, None, *geometry)
+    response = F.conv2d(x, filters, None, *geometry) if images is None else convolve_complement(images, filters, *geometry)
     with torch.no_grad():
         inverse = (window_sums(energy_of(x), tuple(filters.shape[2:]), *geometry) + 1e-6).rsqrt_()
         rate = weight_norms(filters).reciprocal_().view(1, -1, 1, 1) if max_out == 1 else None
@@ -309,20 +349,20 @@ class FusedBcosConvolution(torch.autograd.Function):
     """The B-cos convolution of one group, with few passes over memory in both directions. Arguments as of `response_and_scale`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, filters: Tensor, b: float, max_out: int, unit_norm: bool, *geometry: Pair) -> Tensor:
-        response, scale, inverse, rate, first = response_and_scale(x, filters, b, max_out, unit_norm, *geometry)
+    def forward(ctx, x: Tensor, filters: Tensor, b: float, max_out: int, unit_norm: bool, images: Tensor | None, *geometry: Pair) -> Tensor:
+        response, scale, inverse, rate, first = response_and_scale(x, filters, b, max_out, unit_norm, images, *geometry)
         tracked = any(ctx.needs_input_grad)
         out = response * scale if tracked and b != 2 else response.mul_(scale)
         if tracked:
             ctx.options = b, unit_norm, geometry
-            ctx.save_for_backward(x, filters, rate, inverse, out, scale if b == 2 else response, first)
+            ctx.save_for_backward(x if images is None else None, images, filters, rate, inverse, out, scale if b == 2 else response, first)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         b, unit_norm, geometry = ctx.options
-        x, filters, rate, inverse, out, kept, first = ctx.saved_tensors
+        x, images, filters, rate, inverse, out, kept, first = ctx.saved_tensors
         need_x, need_filters = ctx.needs_input_grad[:2]
         product = gradient * out
         along = product.sum((0, 2, 3)) if rate is not None and unit_norm else 0
@@ -341,16 +381,19 @@ class FusedBcosConvolution(torch.autograd.Function):
         if first is not None:
             one = to_response * first
             to_response = torch.cat([one, to_response.sub_(one)], 1)
-        stride, padding, dilation = geometry
-        to_x, to_filters, _ = torch.ops.aten.convolution_backward(
-            to_response, x, filters, None, stride, padding, dilation, False, (0, 0), 1, (need_x, need_filters, False))
+        if images is None:
+            stride, padding, dilation = geometry
+            to_x, to_filters, _ = torch.ops.aten.convolution_backward(
+                to_response, x, filters, None, stride, padding, dilation, False, (0, 0), 1, (need_x, need_filters, False))
+        else:
+            to_x, to_filters = None, complement_gradient(to_response, images, filters, *geometry)
         if need_x:
             to_energy = product.sum(1, keepdim=True).mul_(inverse).mul_(inverse)
             to_x.addcmul_(x, spread_sums(to_energy, tuple(x.shape[2:]), tuple(filters.shape[2:]), *geometry), value=-1)
         if need_filters and rate is not None:
             along = (along + product.sum((0, 2, 3))).view(-1, 1, 1, 1)
             to_filters.addcmul_(filters, along * rate.view(-1, 1, 1, 1).square(), value=-1)
-        return to_x, to_filters, None, None, None, None, None, None
+        return to_x, to_filters, None, None, None, None, None, None, None
 
 # %% ../../nbs/layers/bcos.ipynb #ae4e1845
 def norm_of_winner(
@@ -470,7 +513,7 @@ class BcosConv2d(DynamicLinearModule, nn.Conv2d):
         if not self.is_simple(x) or self.is_explaining and self.weight.requires_grad and torch.is_grad_enabled():
             return self.composed(x)
         filters = self.filters() if self.max_out == 1 else FusedUnitNorm.apply(self.filters(), 2)
-        arguments = x, filters, self.b, self.max_out, self.unit_norm, self.stride, self.padding, self.dilation
+        arguments = x, filters, self.b, self.max_out, self.unit_norm, complement_of(x), self.stride, self.padding, self.dilation
         if torch.is_grad_enabled() and not self.is_explaining:
             return FusedBcosConvolution.apply(*arguments)
         response, scale, *_ = response_and_scale(*arguments)  # the scale a constant: nothing of how it came about is kept

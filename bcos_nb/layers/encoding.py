@@ -9,14 +9,14 @@ __all__ = ['AddInverse', 'Standardize', 'LogitLayer']
 import torch
 from torch import Tensor, nn
 
-from .bcos import DynamicLinearModule
+from .bcos import DynamicLinearModule, mark_complement
 
 # %% ../../nbs/layers/encoding.ipynb #b9248b72
 class AddInverse(nn.Module):
     """[r, g, b] to [r, g, b, 1−r, 1−g, 1−b]: [N, 3, H, W] to [N, 6, H, W], in [0, 1]."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([images, 1 - images], 1)
+        return mark_complement(torch.cat([images, 1 - images], 1), images)
 
 
 class Standardize(nn.Module):
