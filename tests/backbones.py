@@ -1,6 +1,6 @@
 """Trains every B-cos backbone on the miniature and measures it: `make backbones` (under an hour on 2 cores).
 
-Runs the preset `backbones` and writes data/bench/backbones.csv, which nbs/models/backbones.ipynb shows. Minutes are those of the training,
+Runs the preset `backbones` and writes data/bench/backbones.csv. Minutes are those of the training,
 one thread each where two run at a time.
 """
 import sys

@@ -94,7 +94,7 @@ class ResNet(Detector):
         window, pooled, first_stride = STEMS[stem]
         self.conv1, self.bn1 = parts.stem(channels, window, 2, window // 2), parts.norm(channels)
         self.activation, self.pool = parts.activation(partial(nn.ReLU, inplace=True)), parts.pool(3, 2, 1) if pooled else nn.Identity()
-        before, drops = channels, iter(torch.linspace(0, stochastic_depth, sum(blocks)).tolist())
+        before, drops = channels, iter([stochastic_depth * number / max(1, sum(blocks) - 1) for number in range(sum(blocks))])
         for stage, (count, stride) in enumerate(zip(blocks, (first_stride, 2, 2, last_stride))):
             layers = []
             for number in range(count):
