@@ -265,7 +265,7 @@ def test_two_grids_on_one_folder_share_the_work(notebook, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_grid_that_is_ended_leaves_no_kernels_and_is_finished_by_the_next(notebook, tmp_path, how):
     out, log = tmp_path / "out", tmp_path / "log"
-    grid = start_grid(notebook, out, log, 1.5)
+    grid = start_grid(notebook, out, log, 3)
     wait_until(lambda: metrics_of(out))  # some run has been through
     kernels = wait_until(lambda: [int(file.read_text()) for file in out.glob("*/pid") if file.stat().st_size and not is_complete(file.parent)])
     family = psutil.Process(grid.pid).children(recursive=True)

@@ -112,7 +112,7 @@ def test_threshold_explorer(lab, folder, chromium):
     page.get_by_text("Run All Cells", exact=True).click()
 
     handle = page.locator(".bcos-threshold .noUi-handle")
-    handle.wait_for()
+    handle.wait_for(timeout=120_000)  # the explorer explains before it shows
     weighted, unweighted = page.locator("b.bcos-weighted"), page.locator("b.bcos-unweighted")
     weighted.wait_for()
     page.locator(".bcos-explorer .js-plotly-plot .scatterlayer").wait_for()
