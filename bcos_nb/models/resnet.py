@@ -8,7 +8,6 @@ __all__ = ['STEMS', 'BasicBlock', 'Bottleneck', 'ResNet', 'published']
 # %% ../../nbs/models/resnet.ipynb #559db6bd
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
