@@ -42,7 +42,7 @@ export: $(STAMP) ## write the package from the notebooks, and clean the notebook
 
 clean: ## remove what building and testing leave behind (not .venv, data or runs)
 	@echo "Removing build and test leftovers ..."
-	@rm -rf build dist *.egg-info _docs _proc .pytest_cache test-output
+	@rm -rf build dist *.egg-info _docs _proc .pytest_cache .hypothesis test-output
 	@find bcos_nb tests nbs \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 $(STAMP): settings.ini setup.py pyproject.toml
