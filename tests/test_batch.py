@@ -240,7 +240,8 @@ def test_any_executor_of_processes_will_do_but_no_threads(notebook, tmp_path):
 
 
 GRID = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 from bcos_nb.batch import run_grid
 notebook, out, log, seconds, wait = sys.argv[1:]
 rows = [{"b": b, "seconds": float(seconds), "log": log} for b in (1.0, 1.25, 2.0, 2.5)]
@@ -278,7 +279,7 @@ def test_a_grid_that_is_ended_leaves_no_kernels_and_is_finished_by_the_next(note
     assert 0 < len(before) < 4 and all(metrics_of(out)[name] == content for name, content in before.items())
     for folder in out.iterdir():
         assert is_complete(folder) or not (folder / "metrics.json").exists()
-    rest = start_grid(notebook, out, log, 1.5, wait="report")
+    rest = start_grid(notebook, out, log, 3, wait="report")
     assert set(rest.communicate(timeout=60)[0].strip().splitlines()[-1].split(",")) <= {"done", "skipped"}
     assert sorted(one["square"] for one in metrics_of(out).values()) == [1, 1.5625, 4, 6.25] and not list(out.glob("*/lock"))
 
