@@ -58,11 +58,9 @@ def package_in_step():
         after = contents(place / "bcos_nb", "*.py")
     source = re.compile(rb"File to edit: (?:\.\./)*(nbs/\S+\.ipynb)")
     for path in sorted(set(before) | set(after)):
-        if path.name == "_modidx.py":
-            continue
         notebook = source.search(before.get(path, b"")) or source.search(after.get(path, b""))
         if before.get(path) != after.get(path):
-            origin = notebook[1].decode() if notebook else "its notebook"
+            origin = notebook[1].decode() if notebook else "the notebooks"
             faults.append(f"bcos_nb/{path} is out of step with {origin}: edit the notebook, then `make export`")
         elif notebook and not (ROOT / notebook[1].decode()).exists():
             faults.append(f"bcos_nb/{path} comes from {notebook[1].decode()}, which is gone: delete the module")
