@@ -325,6 +325,30 @@ def test_the_traced_layer_is_one_graph_and_equals_the_eager_one(options, b):
     compiled_equals_eager(options, b, "aot_eager")
 
 
+@pytest.mark.parametrize("b", [1, 1.75, 2])
+@pytest.mark.parametrize("max_out", [1, 2])
+def test_a_traced_first_layer_uses_the_encoding_and_equals_the_layer_that_does_not_know_it(b, max_out):
+    layer, images = BcosConv2d(6, 8, 5, stride=2, padding=2, b=b, max_out=max_out, zero_mean=0.5), torch.rand(2, 3, 11, 10)
+    seen, aten = [], torch.ops.aten.convolution.default
+
+    def backend(graph, inputs):
+        from torch._dynamo.backends.common import aot_autograd
+
+        def keep(graph, inputs):
+            seen.extend(tuple(node.args[0].meta["val"].shape) for node in graph.graph.nodes if node.target is aten)
+            return graph
+
+        return aot_autograd(fw_compiler=keep, bw_compiler=lambda graph, inputs: graph)(graph, inputs)
+
+    torch.compiler.reset()
+    compiled = torch.compile(nn.Sequential(AddInverse(), layer), backend=backend, fullgraph=True)
+    out = compiled(images)
+    expected = layer(torch.cat([images, 1 - images], 1))
+    gradient = torch.randn_like(out)
+    mine, theirs = (torch.autograd.grad((value * gradient).sum(), layer.weight)[0] for value in (out, expected))
+    assert close(out, expected) and close(mine, theirs) and {shape[1] for shape in seen} == {3, 1}, seen
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", GRAPHS, ids=named)
 def test_the_compiled_layer_equals_the_eager_one(options):

@@ -275,7 +275,9 @@ def mark_complement(
     images: Tensor,   # the x, [N, C, H, W]
 ) -> Tensor:  # encoded
     """Notes what an encoding was made of, where that can be told later from a changed one."""
-    if not torch.compiler.is_compiling() and not encoded.is_inference() and not images.is_inference():
+    if torch.compiler.is_compiling():  # a compiled network has no versions to look at, and nothing between encoding and first layer
+        encoded.complement_of = images, None, None
+    elif not encoded.is_inference() and not images.is_inference():
         encoded.complement_of = images, images._version, encoded._version
     return encoded
 
@@ -287,7 +289,7 @@ def complement_of(
     if x.requires_grad or not hasattr(x, "complement_of"):
         return None
     images, *versions = x.complement_of
-    return images if versions == [images._version, x._version] else None
+    return images if torch.compiler.is_compiling() or versions == [images._version, x._version] else None
 
 
 def convolve_complement(images: Tensor, filters: Tensor, *geometry: Pair) -> Tensor:
@@ -478,12 +480,14 @@ class BcosConv2d(DynamicLinearModule, nn.Conv2d):
             norm = norm.repeat_interleave(self.out_channels // self.max_out // self.groups, dim=1)
         return norm
 
+    def fits(self, x: Tensor) -> bool:
+        """Whether one group sees `x` with zeros around, everything in one precision: what shortcuts are made for."""
+        return (self.groups == 1 and self.padding_mode == "zeros" and self.padding != "same" and x.dtype == self.weight.dtype
+                and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type))
+
     def is_simple(self, x: Tensor) -> bool:
-        """Whether `FusedBcosConvolution` serves: one group, zeros around, one precision, not being compiled."""
-        return (not torch.compiler.is_compiling() and self.b != 1 and self.groups == 1 and self.padding_mode == "zeros" and self.padding != "same"
-                and (self.max_out == 1 or self.max_out == 2 and self.unit_norm)
-                and x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64)
-                and not torch.is_autocast_enabled(x.device.type))
+        """Whether `FusedBcosConvolution` serves."""
+        return (not torch.compiler.is_compiling() and self.b != 1 and (self.max_out == 1 or self.max_out == 2 and self.unit_norm) and self.fits(x))
 
     def composed(self, x: Tensor) -> Tensor:
         """The transform from single steps: for every option, differentiable any number of times, fused by a compiler."""
@@ -497,7 +501,9 @@ class BcosConv2d(DynamicLinearModule, nn.Conv2d):
             filters = self.unit_weight()
         else:
             filters = FusedUnitNorm.apply(filters, 1)
-        response = self._conv_forward(x, filters.to(x.dtype), None)
+        images = complement_of(x) if self.fits(x) else None
+        geometry = self.stride, self.padding, self.dilation
+        response = self._conv_forward(x, filters.to(x.dtype), None) if images is None else convolve_complement(images, filters, *geometry)
         response = response if rate is None else response * rate.to(response.dtype)
         if self.b == 1:
             return max_out_units(response, self.max_out, 1)
@@ -517,7 +523,7 @@ class BcosConv2d(DynamicLinearModule, nn.Conv2d):
         if torch.is_grad_enabled() and not self.is_explaining:
             return FusedBcosConvolution.apply(*arguments)
         response, scale, *_ = response_and_scale(*arguments)  # the scale a constant: nothing of how it came about is kept
-        return response * scale if torch.is_grad_enabled() else response.mul_(scale)
+        return response.mul_(scale)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.transform(x)
