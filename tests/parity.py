@@ -14,13 +14,21 @@ def relative(ours, theirs):
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
+def with_statistics(network, batch):
+    """The network in evaluation mode, its norms holding the statistics of a batch, as after training."""
+    norms = [(layer, layer.momentum) for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    for layer, _ in norms:
+        layer.momentum = 1.0
+    with torch.no_grad():
+        network.train()(batch)
+    for layer, momentum in norms:
+        layer.momentum = momentum
+    return network.eval()
+
+
 def give_weights(theirs, ours, rename=lambda name: name, batch=None):
     """Statistics of a batch for their norms, then every tensor of theirs to ours: none may be missing, left over, or of another shape."""
-    for layer in theirs.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.momentum = 1.0
-    with torch.no_grad():
-        theirs.train()(ours.encode(images(4, 64, seed=5) if batch is None else batch))
+    with_statistics(theirs, ours.encode(images(4, 64, seed=5)) if batch is None else batch)
     ours.load_state_dict({rename(name): value for name, value in theirs.state_dict().items()}, strict=True)
     return ours.eval(), theirs.eval()
 

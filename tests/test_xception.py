@@ -9,35 +9,16 @@ import torch
 from bcos.modules import BcosConv2d as ReferenceConv
 from bcos.modules import LogitLayer as ReferenceLogits
 from bcos.modules import norms as reference_norms
+from parity import images, relative, with_statistics
 from torch import nn
 
 from bcos_nb.explainers import explain
 from bcos_nb.layers import dynamic_linear
-from bcos_nb.models import create_detector, load_detector, save_detector
-from bcos_nb.models.xception import check_side, from_deepfakebench, from_study, smallest_side
+from bcos_nb.models import create_detector
+from bcos_nb.models.xception import from_deepfakebench, from_study, smallest_side
 
 EXPONENTS = (1.25, 1.75, 2, 2.5)
 SMALL = dict(width=0.125, middle=2)
-
-
-def images(n=2, height=64, width=None, seed=0):
-    return torch.rand(n, 3, height, width or height, generator=torch.Generator().manual_seed(seed))
-
-
-def with_statistics(network, batch):
-    """The network, its norms holding the statistics of a batch, as after training."""
-    norms = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-    for layer in norms:
-        layer.momentum = 1.0
-    with torch.no_grad():
-        network.train()(batch)
-    for layer in norms:
-        layer.momentum = 0.1
-    return network.eval()
-
-
-def relative(ours, theirs):
-    return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 # ---- the ordinary form
@@ -192,22 +173,6 @@ def test_the_studys_form_at_full_width_and_the_studys_size(b):
     assert_equal_networks(create_detector("xception", b=b, variant="study"), theirs, batch)
 
 
-FORMS = [dict(b=1.25), dict(b=1.75, stem="fine"), dict(b=2, variant="study"), dict(b=2.5), dict(b=2.5, norm="BatchNorm2d", norm_bias=True)]
-
-
-@pytest.mark.parametrize("options", FORMS, ids=str)
-def test_every_form_accounts_for_its_logits(options):
-    torch.manual_seed(4)
-    detector = create_detector("xception", logit_bias=-0.5, logit_temperature=0.05, **SMALL, **options)
-    for layer in detector.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.bias is not None:
-            nn.init.normal_(layer.bias)
-    batch = images(3, 64, 80)
-    row = dynamic_linear(with_statistics(detector, batch), batch)
-    total = row.contributions.flatten(1).double().sum(1) + row.bias
-    assert row.error.max() < 1e-4 and float((total - row.logits[:, 1]).abs().max()) < 1e-4 * max(1, float(row.logits.abs().max()))
-
-
 def test_the_forms_differ_as_described():
     default, study = create_detector("xception", b=2, **SMALL), create_detector("xception", b=2, variant="study", **SMALL)
     for detector in (default, study):
@@ -234,13 +199,6 @@ def test_any_size_from_the_smallest_on(b, stem, smallest, side, positions):
         assert detector(images(1, smallest)).isfinite().all() and detector(images(2, 40, 97)).shape == (2, 2)
 
 
-@pytest.mark.parametrize("height,width", [(6, 64), (64, 6)])
-def test_a_smaller_image_is_refused_with_the_smallest(height, width):
-    detector = create_detector("xception", **SMALL)
-    with pytest.raises(ValueError, match=f"at least 7 × 7 pixels, got {height} × {width}.*fine"):
-        detector(images(1, height, width))
-
-
 @pytest.mark.parametrize("windows", list(itertools.product([(3, 2, 0), (5, 2, 1), (4, 3, 2)], [(3, 1, 0), (2, 2, 0)], [(7, 2, 3), (3, 2, 0)])))
 def test_the_smallest_side_is_the_smallest(windows):
     network, side = nn.Sequential(*[nn.Conv2d(1, 1, *window) for window in windows]), smallest_side(windows)
@@ -248,7 +206,6 @@ def test_the_smallest_side_is_the_smallest(windows):
     if side > 1:
         with pytest.raises(RuntimeError):
             network(torch.zeros(1, 1, side - 1, side - 1))
-    check_side(torch.zeros(1, 3, side, side), side, "xception")
 
 
 def test_the_fine_stem_keeps_room_for_the_cosine_filters():
@@ -280,23 +237,6 @@ def test_cam_methods_and_the_bcos_map_work_on_it():
         assert detector.cam_layer is detector.conv4
         for method in methods:
             assert explain(detector, images(2, 64), method).maps.shape == (2, 64, 64)
-
-
-@pytest.mark.parametrize("options", [dict(b=None), dict(b=1.75), dict(b=2.5, variant="study"), dict(b=2, stem="fine")], ids=str)
-def test_saved_and_loaded_it_is_the_same(tmp_path, options):
-    detector = with_statistics(create_detector("xception", **SMALL, **options), images(2, 64))
-    again = load_detector(save_detector(detector, tmp_path / "detector.safetensors"))
-    with torch.no_grad():
-        assert torch.equal(again(images(2, 48)), detector(images(2, 48))) and again.arguments == detector.arguments
-
-
-@pytest.mark.parametrize("b", [None, 2])
-def test_every_parameter_gets_a_gradient(b):
-    torch.manual_seed(0)
-    detector = create_detector("xception", b=b, stem="fine", **SMALL).train()
-    nn.functional.cross_entropy(detector(images(4, 32)), torch.tensor([0, 1, 0, 1])).backward()
-    for name, parameter in detector.named_parameters():
-        assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
 
 
 # ---- other projects' files

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import Permute, StochasticDepth
 
-from .densenet import start_size
 from .detector import Detector, register_detector
-from .parts import Parts, scale_channels
+from .parts import Parts, scale_channels, start_size
 
 # %% ../../nbs/models/convnext.ipynb #8ee345f6
 class ChannelNorm(nn.LayerNorm):
@@ -100,7 +99,7 @@ class ConvNeXt(Detector):
         layer_scale: float | None = None,  # at the start; None: 1e-6, and 0.1 in the B-cos form
         end_norms: bool = True,  # norms behind branches and behind convolutions between stages, in the B-cos form
         stochastic_depth: float = 0.1,  # share of images whose last branch is left out in training; fewer for those before
-        weight_size: float | None = 0.03,  # of the B-cos form's weights at the start, see `densenet.start_size`
+        weight_size: float | None = 0.03,  # of the B-cos form's weights at the start, see `parts.start_size`
     ):
         if stem not in STEMS:
             raise ValueError(f"stem={stem!r} is unknown. Choose one of: {', '.join(STEMS)}.")
@@ -137,11 +136,6 @@ class ConvNeXt(Detector):
     @property
     def cam_layer(self) -> nn.Module:
         return self.features[-1]
-
-    def logits_of(self, encoded: Tensor) -> Tensor:
-        if min(encoded.shape[2:]) < self.smallest:
-            raise ValueError(f"{self.arch} takes images of at least {self.smallest} px a side, got {list(encoded.shape[2:])}. Enlarge them.")
-        return super().logits_of(encoded)
 
     def head(self, features: Tensor) -> Tensor:
         if self.is_bcos:

@@ -12,7 +12,6 @@ import inspect
 from dataclasses import dataclass
 from typing import Any, Callable
 
-import torch
 from torch import Tensor, nn
 
 from ..layers.bcos import check_b
@@ -28,6 +27,7 @@ class Detector(nn.Module):
     arch: str  # name in the registry
     b: float | None  # exponent B; None for an ordinary network
     image_size: int | None = None  # the side it needs; None: any
+    smallest: int = 1  # side in pixels of the smallest image that leaves one position of features
     arguments: dict[str, Any]  # what `create_detector` was called with
 
     def __init__(
@@ -64,7 +64,11 @@ class Detector(nn.Module):
         raise AttributeError(f"{type(self).__name__} defines no head.")
 
     def logits_of(self, encoded: Tensor) -> Tensor:
-        """Encoded images [N, 3 or 6, H, W] to logits [N, 2]."""
+        """Encoded images [N, 3 or 6, H, W] to logits [N, 2]. Raises ValueError for images smaller than `smallest`."""
+        height, width = encoded.shape[-2:]
+        if min(height, width) < self.smallest:
+            raise ValueError(f"{self.arch} as built here takes images of at least {self.smallest} × {self.smallest} pixels, got {height} × {width}. "
+                             "Enlarge them, or build it with another stem (see its options), or take a backbone that halves less often.")
         return self.logit_layer(self.head(self.features(encoded)))
 
     def forward(self, images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..layers.encoding import Standardize
 from .detector import Detector, register_detector
 from .parts import Parts, classify, scale_channels
-from .xception import check_side, smallest_side
+from .xception import smallest_side
 
 # %% ../../nbs/models/inception.ipynb #5449dcf0
 class ConvNorm(nn.Module):
@@ -158,7 +158,6 @@ class Inception(Detector):
         return self.Mixed_7c
 
     def features(self, encoded: Tensor) -> Tensor:
-        check_side(encoded, self.smallest, "inception_v3")
         x = self.maxpool1(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(encoded))))
         x = self.maxpool2(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
         for name, *_ in CHAIN:

@@ -89,12 +89,6 @@ class VGG(Detector):
     def cam_layer(self) -> nn.Module:
         return self.features[-2]  # behind the last convolution, before its pooling
 
-    def logits_of(self, encoded: Tensor) -> Tensor:
-        if min(encoded.shape[2:]) < self.smallest:
-            raise ValueError(f"{self.arch} takes images of at least {self.smallest} px a side, got {list(encoded.shape[2:])}. "
-                             "Enlarge them, or use a backbone with fewer poolings.")
-        return super().logits_of(encoded)
-
     def head(self, features: Tensor) -> Tensor:
         if self.is_bcos:
             return self.classifier(features).mean((2, 3))
