@@ -27,13 +27,15 @@ def built(arch, b, form="default", **options):
 @pytest.mark.parametrize("b", [1.25, 1.75, 2, 2.5])
 def test_contributions_account_for_the_logit(arch, form, b):
     detector, batch = built(arch, b, form, logit_bias=-0.5), images(2, 96, 80)
-    for trained in (False, True):
+    centred = any(getattr(layer, "centres", False) for layer in detector.modules())
+    for trained in (False, True):  # untrained, with nothing known of the scale of its maps, a deep network may answer with zeros
         if trained:
             with_statistics(detector, images(4, 96, seed=5))
         for target in (0, 1):
             row = dynamic_linear(detector, batch, target, check=False)
-            assert float(row.error.max()) < 1e-4 and torch.allclose(row.bias, torch.tensor(-0.5))
-            assert bool(row.weights.isfinite().all()) and float(row.weights.abs().max()) > 0
+            assert float(row.error.max()) < 1e-4 and bool(row.weights.isfinite().all())
+            assert centred or torch.allclose(row.bias, torch.tensor(-0.5))
+            assert not trained or float(row.weights.abs().max()) > 0
 
 
 @pytest.mark.parametrize("arch", SMALL)
@@ -51,16 +53,16 @@ def test_constants_of_centring_norms_are_the_bias_of_the_map(arch):
 @pytest.mark.parametrize("arch", SMALL)
 @pytest.mark.parametrize("b", [None, 2])
 def test_images_of_any_size_and_samples_do_not_mix(arch, b):
-    detector = built(arch, b)
+    detector = built(arch, b).double()
     side = SMALLEST.get(arch, 1)
     assert detector.image_size is None and detector.smallest == side
-    with_statistics(detector, images(8, max(side, 64), seed=5))
+    with_statistics(detector, images(8, max(side, 64), seed=5).double())
     for height, width in ((96, 96), (77, 130), (side, side)):
-        batch = images(3, height, width)
+        batch = images(3, height, width).double()
         with torch.no_grad():
             together = detector(batch)
             alone = torch.cat([detector(image[None]) for image in batch])
-        assert together.shape == (3, 2) and bool(together.isfinite().all()) and torch.allclose(together, alone, rtol=1e-4, atol=1e-5)
+        assert together.shape == (3, 2) and bool(together.isfinite().all()) and torch.allclose(together, alone, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("arch", SMALLEST)
