@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layers.encoding import Standardize
 from .detector import Detector, register_detector
-from .parts import Parts, classify, scale_channels
+from .parts import Parts, classify, scale_channels, start_size
 from .xception import smallest_side
 
 # %% ../../nbs/models/inception.ipynb #5449dcf0
@@ -113,7 +113,7 @@ CHAIN = (("Mixed_5b", block_a(32), False), ("Mixed_5c", block_a(64), False), ("M
          ("Mixed_7a", BLOCK_D, True), ("Mixed_7b", BLOCK_E, False), ("Mixed_7c", BLOCK_E, False))  # name, branches, whether it halves
 
 
-@register_detector("inception_v3", study=dict(max_out=1, zero_mean=0.0, energy_stem=False, logit_temperature=1.0))
+@register_detector("inception_v3", study=dict(max_out=1, zero_mean=0.0, energy_stem=False, logit_temperature=1.0, weight_size=None))
 class Inception(Detector):
     """Inception v3 for images of any size, ordinary (Szegedy et al. 2016) or B-cos."""
 
@@ -125,6 +125,7 @@ class Inception(Detector):
         logit_bias: float | None = None,
         logit_temperature: float | None = None,  # None: `start_temperature` for B-cos, none for ordinary
         stem: str = "imagenet",  # one of `INCEPTION_STEMS`
+        weight_size: float | None = 0.03,  # of the B-cos form's weights at the start, see `parts.start_size`
     ):
         if stem not in INCEPTION_STEMS:
             raise ValueError(f"stem={stem!r} is unknown. Choose one of: {', '.join(INCEPTION_STEMS)}.")
@@ -152,6 +153,7 @@ class Inception(Detector):
             channels = block.out_channels
         self.fc = parts.classifier(channels)
         parts.start(self, self.Conv2d_1a_3x3.conv)
+        start_size(self, weight_size)
 
     @property
     def cam_layer(self) -> nn.Module:
