@@ -113,6 +113,13 @@ def test_the_bcos_recipe_draws_what_torchvision_does():
     assert stats.chisquare(drawn_of("bcos")["strength"][drawn["operation"] == TRIVIAL_OPERATIONS.index("Solarize")].mul(30).round().unique(return_counts=True)[1]).pvalue > 1e-4
 
 
+def test_batches_are_mixed_as_often_as_asked():
+    for alpha, kinds in ((dict(mixup_alpha=1.0), (0.4, 0)), (dict(cutmix_alpha=1.0), (0, 0.4)), (dict(mixup_alpha=1.0, cutmix_alpha=1.0), (0.2, 0.2))):
+        drawn = draw_parameters(make_augmentation("none", mix=0.4, **alpha), 20_000, 300, 300, seeded())
+        mixed, pasted = drawn["own"] < 1, drawn["paste"][:, 2] > 1
+        assert as_often_as(mixed, kinds[0]) and abs(float(pasted.double().mean()) - kinds[1]) < 0.015 and not (mixed & pasted).any()
+
+
 def test_switching_a_step_off_leaves_the_others_draws():
     whole = drawn_of("study")
     for step, names in (("flip", {"flip"}), ("blur", {"kernel"}), ("jpeg", {"quality"}), ("colour", {"brightness", "contrast", "saturation", "hue", "principal"})):
