@@ -108,9 +108,9 @@ def check_augmentation(policy: Augmentation) -> None:
         demand(name, 0 <= getattr(policy, name) <= 1, "a number from 0 to 1")
     for name in ("degrees", "principal", "mixup_alpha", "cutmix_alpha"):
         demand(name, getattr(policy, name) >= 0, "0 or more")
-    for name, low, high in (("crop_area", 0, 1), ("erase_area", 0, 1), ("crop_ratio", 0, np.inf), ("erase_ratio", 0, np.inf), ("blur_kernel", 0, np.inf), ("jpeg_quality", 0, 100)):
+    for name, high in dict(crop_area=1, erase_area=1, crop_ratio=np.inf, erase_ratio=np.inf, blur_kernel=np.inf, jpeg_quality=100).items():
         pair = getattr(policy, name)
-        demand(name, len(pair) == 2 and low < pair[0] <= pair[1] <= high, f"two numbers in rising order, above {low} and at most {high}")
+        demand(name, len(pair) == 2 and 0 < pair[0] <= pair[1] <= high, f"two numbers in rising order, above 0 and at most {high}")
     demand("blur_kernel", all(side % 2 == 1 for side in policy.blur_kernel), "two odd numbers")
     demand("hue", 0 <= policy.hue <= 0.5, "a number from 0 to 0.5")
     demand("crop", policy.crop in ("none", "random", "resized"), "none, random or resized")
@@ -255,7 +255,8 @@ def blur(
     height, width = images.shape[2:]
     reach = int(kernel.max()) // 2 if len(kernel) else 0
     if reach >= min(height, width):
-        raise ValueError(f"A blur of {2 * reach + 1} pixels needs images of more than {reach} pixels a side; these have {height} × {width}. Choose a smaller blur_kernel.")
+        raise ValueError(f"A blur of {2 * reach + 1} pixels needs images of more than {reach} pixels a side; these have {height} × {width}. "
+                         "Choose a smaller blur_kernel.")
     offset, side = torch.arange(-reach, reach + 1), kernel[:, None]
     weights = torch.where(offset.abs() <= side // 2, (-0.5 * (offset / (0.15 * side + 0.35)) ** 2).exp(), 0.0)
     weights = (weights / weights.sum(1, keepdim=True)).to(images.device, images.dtype).T[:, :, None, None, None]
@@ -327,12 +328,13 @@ def on_rows(planes: Tensor, happens: Tensor, change: Callable) -> None:
 
 def trivial_augment(
     planes: Tensor,     # images in [0, 1], [N, 3, H, W], or [N, 4, H, W] with the mask as fourth channel
-    operation: Tensor,  # index into TRIVIAL_OPERATIONS, [N], on the CPU
+    operation: Tensor,  # index into TRIVIAL_OPERATIONS; below 0: none, [N], on the CPU
     strength: Tensor,   # as `trivial_strength` gives it, [N], on the CPU
     padding: str = "zeros",
+    inplace: bool = False,  # change the planes given
 ) -> Tensor:  # of the same shape
     """One operation of TrivialAugment on each image, and on its mask where pixels move."""
-    planes = planes.clone()
+    planes = planes if inplace else planes.clone()
     size, column = planes.shape[2:], lambda values: values.to(planes.device, planes.dtype)[:, None, None, None]
     on_rows(planes, (operation >= 1) & (operation <= 5), lambda x, rows: warp(x, trivial_matrices(operation[rows], strength[rows], *size), padding))
     changes = dict(
@@ -448,7 +450,7 @@ def draw_parameters(
             raise ValueError(f"size={side} does not fit into images of {height} × {width} pixels; choose at most {min(height, width)}.")
         corner = (place * (torch.tensor([height, width]) - side + 1)).long()
         whole = torch.cat([corner, torch.full((count, 2), side)], 1)
-    size = (policy.size or int(whole[0, 2]), policy.size or int(whole[0, 3])) if policy.crop == "random" and count else (policy.size or height, policy.size or width)
+    size = (side, side) if policy.crop == "random" else (policy.size or height, policy.size or width)
     drawn = dict(crop=whole, size=torch.tensor(size), flip=chance(policy.flip), degrees=spread(policy.degrees) * chance(policy.rotate))
     operation = torch.randint(len(TRIVIAL_OPERATIONS), (count,), generator=generator)
     level, negative = torch.randint(31, (count,), generator=generator), chance(0.5)
@@ -493,10 +495,12 @@ def apply_parameters(
     images = planes[:, :3]  # a view: the mask takes no part in what follows the geometry
     on_rows(planes, drawn["flip"], lambda x, rows: x.flip(-1))
     on_rows(planes, drawn["degrees"] != 0, lambda x, rows: warp(x, rotations(drawn["degrees"][rows]), padding))
-    on_rows(planes, drawn["operation"] >= 0, lambda x, rows: trivial_augment(x, drawn["operation"][rows], drawn["strength"][rows], padding))
+    trivial_augment(planes, drawn["operation"], drawn["strength"], padding, inplace=True)
     on_rows(images, drawn["kernel"] > 1, lambda x, rows: blur(x, drawn["kernel"][rows]))
-    on_rows(images, (drawn["brightness"] != 1) | (drawn["contrast"] != 1), lambda x, rows: adjust_colour(x, brightness=drawn["brightness"][rows], contrast=drawn["contrast"][rows]))
-    on_rows(images, (drawn["saturation"] != 1) | (drawn["hue"] != 0), lambda x, rows: adjust_colour(x, saturation=drawn["saturation"][rows], hue=drawn["hue"][rows]))
+    light = lambda rows: dict(brightness=drawn["brightness"][rows], contrast=drawn["contrast"][rows])
+    tint = lambda rows: dict(saturation=drawn["saturation"][rows], hue=drawn["hue"][rows])
+    on_rows(images, (drawn["brightness"] != 1) | (drawn["contrast"] != 1), lambda x, rows: adjust_colour(x, **light(rows)))
+    on_rows(images, (drawn["saturation"] != 1) | (drawn["hue"] != 0), lambda x, rows: adjust_colour(x, **tint(rows)))
     on_rows(images, drawn["principal"] != 0, lambda x, rows: shift_principal(x, drawn["principal"][rows]))
     on_rows(images, drawn["quality"] > 0, lambda x, rows: compress(x, drawn["quality"][rows]))
     on_rows(planes, drawn["erase"][:, 2] > 0, lambda x, rows: erase(x, drawn["erase"][rows]))
@@ -539,8 +543,11 @@ def unit_range(planes: Tensor, name: str) -> Tensor:
         return planes.float().div_(255)
     if not planes.is_floating_point():
         raise ValueError(f"{name} of type {planes.dtype}: expected uint8 or floats in [0, 1].")
-    if planes.device.type == "cpu" and planes.numel() and not (0 <= float(planes.min()) and float(planes.max()) <= 1):  # a GPU would have to wait for the answer
-        raise ValueError(f"{name} hold values from {float(planes.min()):.3g} to {float(planes.max()):.3g}: expected [0, 1]. Augment first; mean and standard deviation are the detector's business.")
+    if planes.device.type == "cpu" and planes.numel():  # a GPU would have to wait for the answer
+        low, high = (float(value) for value in torch.aminmax(planes))
+        if not (0 <= low and high <= 1):
+            raise ValueError(f"{name} hold values from {low:.3g} to {high:.3g}: expected [0, 1]. Augment first; mean and standard deviation "
+                             "are the detector's business.")
     return planes
 
 
