@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FitConfig', 'make_config', 'batches', 'labels_of', 'predict_logits', 'b_at', 'set_b', 'settings_of', 'load_state',
-           'augmented', 'train_epoch', 'pair_up', 'epoch_order', 'fit']
+           'augmented', 'augmentation_of', 'train_epoch', 'pair_up', 'epoch_order', 'fit']
 
 # %% ../../nbs/training/loop.ipynb #427ad7af
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Callable, Iterator, Literal
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data.augment import crop_and_flip
+from ..data.augment import Augmentation, crop_and_flip, make_augmentation
 from ..data.frames import Frames
 from ..layers.bcos import BcosConv2d, BcosLinear
 from ..layers.dynamic_linear import evaluating
@@ -52,16 +52,18 @@ class FitConfig:
     balance: Literal["pairs", "weight", "none"] = "weight"  # of the classes, see `epoch_order` and `class_weights`
     crop: int | None = None       # side of random training crops in pixels; None: whole images
     flip: bool = True             # mirror every other training image
+    augment: str = "crop_flip"    # what else happens to training images: a key of `AUGMENTATIONS`
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     eval_batch_size: int = 64
     num_workers: int = 0          # processes that read frames, for a `FrameDataset`
-    seed: int = 0                 # of order, crops and flips
+    seed: int = 0                 # of order and augmentation
 
     def __post_init__(self):
         self.betas = tuple(self.betas)
         for name in ("epochs", "batch_size", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        make_augmentation(self.augment)
         if not 0 <= self.b_rise <= 0.9:
             raise ValueError(f"b_rise={self.b_rise} is a share of the training of at most 0.9: the rest is for the final B.")
 
@@ -154,7 +156,7 @@ def load_state(
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        before, now = json.loads(state["settings"]), json.loads(settings)
+        before, now = dict(augment="crop_flip") | json.loads(state["settings"]), json.loads(settings)  # once there was no choice
     except Exception as error:  # torch, zipfile and pickle each have their own
         raise ValueError(f"{path} is damaged ({type(error).__name__}). Remove it, and the training starts anew.") from error
     changed = [f"{name} {before.get(name)!r} → {now.get(name)!r}" for name in now if before.get(name) != now.get(name)]
@@ -177,6 +179,15 @@ def augmented(
     return torch.cat(fake_and_real.chunk(2, 1))
 
 
+def augmentation_of(
+    config: FitConfig,
+) -> Augmentation:
+    """The augmentation that a config names, cut to its `crop`, and mirrored only if `flip` allows it."""
+    policy = make_augmentation(config.augment)
+    cut = dict(size=config.crop, crop="random" if policy.crop == "none" else policy.crop) if config.crop else {}
+    return replace(policy, **cut, flip=policy.flip if config.flip else 0.0)
+
+
 def train_epoch(
     accelerator: Accelerator,
     detector: nn.Module,
@@ -186,7 +197,7 @@ def train_epoch(
     order: list[Tensor],         # this process's share of every batch
     weights: Tensor,             # a class, [2]
     config: FitConfig,
-    generator: torch.Generator,  # of crops and flips
+    generator: torch.Generator,  # of the augmentation
     before: Callable[[int], None],  # called before every batch with its number from 0
     report: Callable[[int], None],  # called after every batch with its number from 1
 ) -> dict[str, float]:  # train_loss, grad_norm
@@ -195,7 +206,9 @@ def train_epoch(
     losses, norms = [], []
     for number, (images, labels) in enumerate(batches(train, order, accelerator.device, config.num_workers), 1):
         before(number - 1)
-        if config.crop or config.flip:
+        if config.augment != "crop_flip":
+            images, _, labels = augmentation_of(config).batch(images, None, labels, generator, share=2 if config.balance == "pairs" else 1)
+        elif config.crop or config.flip:
             images = augmented(images, config, generator)
         with accelerator.autocast():
             logits = detector(images)

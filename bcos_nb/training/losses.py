@@ -31,8 +31,10 @@ def class_weights(
 # %% ../../nbs/training/losses.ipynb #99048dc4
 def cross_entropy(
     logits: Tensor,   # [N, 2]
-    labels: Tensor,   # 0 real, 1 fake, [N]
+    labels: Tensor,   # 0 real, 1 fake, [N]; or the share of each class, [N, 2], where images are mixed
     weights: Tensor,  # a class, [2]
 ) -> Tensor:  # scalar
     """Mean of the weighted cross entropies, in float32."""
+    if labels.ndim == 2:
+        return F.cross_entropy(logits.float(), labels, weights.to(logits.device), reduction="none").mean()
     return (F.cross_entropy(logits.float(), labels, reduction="none") * weights.to(logits.device)[labels]).mean()
