@@ -26,6 +26,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
@@ -166,7 +167,8 @@ def needed(module: str, package: str):
     except ImportError as error:
         raise ImportError(f"This face detector needs the package {package} ({error}). {EXTRA}, or {package} alone, or choose another of: {', '.join(DETECTORS)}.") from None
 
-# %% ../../nbs/data/preprocess.ipynb #2a4fc8a8
+# %% ../../nbs/data/preprocess.ipynb #e9fe01f2
+@lru_cache(maxsize=2)   # reading 100 MB of landmark model takes a second or two
 def dlib_detector(
     model: str | Path | None = None,   # a shape predictor of 5, 68 or 81 points; None: the package's, of 68
 ) -> Detector:
@@ -209,6 +211,8 @@ def mtcnn_detector(
         scale = min(1.0, 960 / max(image.shape[:2]))
         small = image if scale == 1 else cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         faces = []
+        if min(small.shape[:2]) < 40:
+            return faces
         for found in network.detect_faces(np.ascontiguousarray(small)):
             left, top, width, height = (value / scale for value in found["box"])
             faces.append(Face((left, top, left + width, top + height), np.array([found["keypoints"][name] for name in names], dtype=float) / scale))
@@ -274,20 +278,21 @@ def follow_face(
     alike = lambda a, b: max(a.side, b.side) < 1.6 * min(a.side, b.side)
     tracks: list[dict[int, Face]] = []
     for k, faces in enumerate(found):
-        free = [(track, track[max(track)]) for track in tracks]
-        for face in sorted(faces, key=lambda face: -face.side):
-            near = [(np.linalg.norm(face.centre - last.centre), n) for n, (_, last) in enumerate(free) if alike(face, last)]
-            distance, n = min(near, default=(np.inf, -1))
-            if distance < 0.75 * face.side:
-                free.pop(n)[0][k] = face
+        last = [track[max(track)] for track in tracks]
+        pairs = sorted((np.linalg.norm(face.centre - seen.centre), f, n) for f, face in enumerate(faces) for n, seen in enumerate(last) if alike(face, seen))
+        linked = {}
+        for distance, f, n in pairs:   # the nearest first, so that neighbours do not swap
+            if distance < 1.2 * faces[f].side and f not in linked and n not in linked.values():
+                linked[f] = n
+        for f, face in enumerate(faces):
+            if f in linked:
+                tracks[linked[f]][k] = face
             else:
                 tracks.append({k: face})
     if not tracks:
         return [None] * len(found)
     best = max(tracks, key=lambda track: sum(face.side**2 for face in track.values()))
-    # After a cut, or a quick turn of the head, the only face of its size is the same person elsewhere.
-    others = {k: [face for face in faces if alike(face, best[min(best, key=lambda n: abs(n - k))])] for k, faces in enumerate(found) if k not in best}
-    return [best.get(k) or (others[k][0] if len(others[k]) == 1 else None) for k in range(len(found))]
+    return [best.get(k) for k in range(len(found))]
 
 # %% ../../nbs/data/preprocess.ipynb #b86db9d8
 REFERENCE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]])  # of 112 pixels
