@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'explained', 'tell', 'forge', 'forge_here', 'took', 'read_jobs', 'report_failures', 'run', 'report',
-           'explore_folder', 'lab', 'report_is_current', 'demo', 'main']
+           'explore_folder', 'lab', 'prepare', 'report_is_current', 'demo', 'main']
 
 # %% ../nbs/cli.ipynb #6d468884
 import functools
@@ -196,6 +196,41 @@ def lab(
     tell(f"Opening JupyterLab on {first}; Ctrl-C twice ends it.")
     sys.stdout.flush()
     os.execv(sys.executable, command)
+
+# %% ../nbs/cli.ipynb #c2d94a17
+@data_app.command()
+@explained
+def prepare(
+    raw: Annotated[Path, typer.Argument(help="Folder of the videos: FaceForensics++'s download, or any other with --labels.")],
+    root: Annotated[Path, typer.Argument(help="Folder of the dataset to make, or to go on with.")],
+    frames: Annotated[int, typer.Option(help="Frames of a video, evenly spread.", min=1)] = 32,
+    size: Annotated[int, typer.Option(help="Side of a crop in pixels.", min=16)] = 256,
+    enlarge: Annotated[float, typer.Option(help="Side that a crop shows, over that of the aligned face.")] = 1.3,
+    compression: Annotated[list[str], typer.Option(help="c23, c40 or raw, of FaceForensics++'s layout; may be repeated.")] = ["c23"],
+    labels: Annotated[Optional[Path], typer.Option(help="CSV with the columns video,label and, where known, split,mask,method,source.", show_default=False)] = None,
+    dataset: Annotated[Optional[str], typer.Option(help="With --labels: the dataset's name, such as Celeb-DF-v2.", show_default=False)] = None,
+    detector: Annotated[str, typer.Option(help="Face detector: dlib, mtcnn, yunet, cascade or package.module:function.")] = "dlib",
+    detector_model: Annotated[Optional[Path], typer.Option(help="The detector's file: yunet's ONNX, or another shape predictor for dlib.", show_default=False)] = None,
+    jobs: Annotated[Optional[int], typer.Option(help="Processes. Default: one per core.", show_default=False, min=0)] = None,
+):
+    """Make a dataset of aligned face crops from raw videos; goes on where it stopped."""
+    from bcos_nb.data.preprocess import REPORT, prepare_videos
+
+    begin = time.monotonic()
+    table = prepare_videos(
+        raw, root, frames=frames, size=size, enlarge=enlarge, compressions=compression, labels=labels, dataset=dataset,
+        detector=detector, detector_model=detector_model, jobs=jobs,
+    )
+    ready = table[table["status"] == "done"]
+    tell(f"{len(ready)} of {len(table)} videos are prepared, {ready['frames'].sum()} frames ({took(begin)}): {', '.join(table.attrs['datasets']) or 'no dataset'} in {root}. Splits: {table.attrs['splits_from']}.")
+    for status, rows in table[table["status"] != "done"].groupby("status"):
+        tell(f"{status}: {len(rows)}, such as {rows['video'].iloc[0]}, which {rows['reason'].iloc[0]}" if status == "no split" else f"{status}: {len(rows)}. {rows['reason'].iloc[0]}", "yellow")
+    own, lost = ready["reason"].ne("").sum(), int(ready["frames_without_face"].sum())
+    notes = [f"{own} prepared with a remark"] if own else []
+    notes += [f"{lost} frames left out because the face was not found in them"] if lost else []
+    notes += [f"left out: {folder}" for folder in table.attrs["left_out"]]
+    tell("".join(f"{note[0].upper()}{note[1:]}. " for note in notes) + f"Every video is in {root / REPORT}. Next: bcos-nb data check {root}")
+    raise typer.Exit(0 if len(ready) == len(table) else 3)
 
 # %% ../nbs/cli.ipynb #1e638e5b
 def report_is_current(

@@ -6,6 +6,7 @@ _WHERE = {
     "forge_dataset": "forge", "METHODS": "forgeries", "TRACES": "forgeries",
     "read_catalog": "catalog", "METHOD_OF_LABEL": "catalog",
     "FrameDataset": "frames", "Frames": "frames", "load_frames": "frames", "read_picture": "frames",
+    "prepare_videos": "preprocess",
 }
 __all__ = list(_WHERE)
 
