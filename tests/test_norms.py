@@ -470,8 +470,9 @@ def test_a_compiled_norm_gives_the_same(name, layout):
         run = torch.compile(compiled, fullgraph=True)
         for training in (True, False):
             eager.train(training), compiled.train(training)
-            for mine, exact in zip(outputs_and_gradients(run, x), outputs_and_gradients(eager, x), strict=True):
-                assert relative(mine, exact) <= 1e-5
+            exact = outputs_and_gradients(copy.deepcopy(eager).double(), x.double())
+            for mine, theirs, value in zip(outputs_and_gradients(run, x), outputs_and_gradients(eager, x), exact, strict=True):
+                assert relative(mine, value) <= max(1e-5, 4 * relative(theirs, value))  # beside a mean of 50, float32 loses that much in either
     finally:
         torch.compiler.reset()
     if hasattr(eager, "running_var"):
