@@ -207,12 +207,12 @@ def test_unknown_and_missing_detectors_say_what_to_do(monkeypatch, tmp_path):
         face_detector("retinaface")
     with pytest.raises(ValueError, match="ONNX file.*none was given"):
         face_detector("yunet")
-    monkeypatch.setattr(preprocess, "DETECTORS", {"dlib": preprocess.dlib_detector.__wrapped__})
+    monkeypatch.setattr(preprocess, "FACE_DETECTORS", {"dlib": preprocess.dlib_detector.__wrapped__})
     monkeypatch.setitem(sys.modules, "dlib", None)
     with pytest.raises(ImportError, match=r"dlib-bin.*pip install 'bcos_nb\[faces\]'"):
         face_detector("dlib")
     monkeypatch.undo()
-    monkeypatch.setattr(preprocess, "DETECTORS", {"dlib": preprocess.dlib_detector.__wrapped__})
+    monkeypatch.setattr(preprocess, "FACE_DETECTORS", {"dlib": preprocess.dlib_detector.__wrapped__})
     monkeypatch.setattr(preprocess, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="face_recognition_models.*faces"):
         face_detector("dlib")
