@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['METHOD_OF_LABEL', 'COMPRESSED', 'COMPRESSIONS', 'SPLITS', 'COLUMNS', 'REMEDY', 'ANCHORS', 'INDEX_COLUMNS', 'CACHE',
-           'CACHE_FORM', 'STYLES', 'ENVIRONMENTS', 'TEXT', 'find_index', 'read_index', 'parse_index', 'normalise_path',
-           'normalise_folder', 'frame_number', 'sample_evenly', 'Codes', 'levels_of', 'split_path', 'one_folder',
-           'video_runs', 'index_rows', 'as_table', 'digest', 'cache_place', 'read_cache', 'write_cache', 'index_table',
-           'Files', 'find', 'find_lmdb', 'open_lmdb', 'Keys', 'mask_folders', 'source_folder', 'Located', 'codes_of',
-           'of_words', 'locate', 'locate_in_form', 'read_catalog', 'select_rows', 'video_keys', 'warn_if_repeated',
-           'refused_paths', 'refuse_faults', 'video_name', 'video_numbers', 'evenly_sampled', 'complain', 'joined',
-           'as_catalog']
+           'CACHE_FORM', 'STYLES', 'OPEN', 'OPENING', 'FORMS', 'TEXT', 'find_index', 'read_index', 'parse_index',
+           'normalise_path', 'normalise_folder', 'frame_number', 'sample_evenly', 'Codes', 'levels_of', 'split_path',
+           'one_folder', 'video_runs', 'index_rows', 'as_table', 'digest', 'cache_place', 'read_cache', 'write_cache',
+           'index_table', 'Files', 'find', 'find_lmdb', 'opened_lmdb', 'close_inherited', 'Keys', 'mask_folders',
+           'source_folder', 'Located', 'codes_of', 'of_words', 'locate', 'locate_in_form', 'read_catalog',
+           'select_rows', 'video_keys', 'warn_if_repeated', 'refused_paths', 'refuse_faults', 'video_name',
+           'video_numbers', 'evenly_sampled', 'complain', 'text_of', 'joined', 'as_catalog']
 
 # %% ../../nbs/data/catalog.ipynb #b540aafb
 import hashlib
@@ -18,9 +18,11 @@ import json
 import os
 import re
 import sys
+import threading
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -339,9 +341,9 @@ def find(
                     return found
     return found
 
-# %% ../../nbs/data/catalog.ipynb #910ddc88
+# %% ../../nbs/data/catalog.ipynb #0da625f3
 STYLES = tuple((start, slash) for start in ("", "rgb/", "datasets/rgb/", "datasets/", "./datasets/rgb/", "./") for slash in ("\\", "/"))
-ENVIRONMENTS = {}  # open LMDBs by process and place: one process may open each only once
+OPEN, OPENING = {}, threading.Lock()  # place → [environment, number of its readers]
 
 
 def find_lmdb(root: Path, dataset: str) -> Path | None:
@@ -350,29 +352,53 @@ def find_lmdb(root: Path, dataset: str) -> Path | None:
     return next((place for name in names for place in (root / "lmdb" / f"{name}_lmdb", root / f"{name}_lmdb") if place.exists()), None)
 
 
-def open_lmdb(place: str | Path):
-    """The LMDB at `place` for reading, opened once in each process. ImportError says what to install, ValueError that it is damaged."""
+@contextmanager
+def opened_lmdb(
+    place: str | Path,  # folder or file of an LMDB
+) -> Iterator:          # lmdb.Environment, for reading
+    """An LMDB while the block runs. A process may open each only once, so its readers share it, and the last one closes it.
+
+    ImportError says what to install; ValueError that the LMDB is damaged.
+    """
     try:
         import lmdb
     except ImportError as error:
         raise ImportError(f"{place} is an LMDB, and reading it needs the package lmdb: pip install 'bcos_nb[lmdb]' (or pip install lmdb).") from error
-    place = Path(place).resolve()
-    key = os.getpid(), str(place)
-    if key not in ENVIRONMENTS:
-        try:
-            ENVIRONMENTS[key] = lmdb.open(str(place), readonly=True, lock=False, readahead=False, subdir=place.is_dir(), create=False)
-        except lmdb.Error as error:
-            raise ValueError(f"The LMDB {place} cannot be opened ({error}). It may be cut short: copy it again, or take the form of folders.") from error
-    return ENVIRONMENTS[key]
+    key = os.path.realpath(place)
+    with OPENING:
+        if key not in OPEN:
+            try:
+                OPEN[key] = [lmdb.open(key, readonly=True, lock=False, readahead=False, subdir=os.path.isdir(key), create=False), 0]
+            except lmdb.Error as error:
+                raise ValueError(f"The LMDB {place} cannot be opened ({error}). It may be cut short: copy it again, or take the form of folders.") from error
+        OPEN[key][1] += 1
+    try:
+        yield OPEN[key][0]
+    finally:
+        with OPENING:
+            OPEN[key][1] -= 1
+            if not OPEN[key][1]:
+                OPEN.pop(key)[0].close()
+
+
+def close_inherited() -> None:
+    """In a forked process: close what its parent had open, so that it can open its own."""
+    global OPENING
+    OPENING = threading.Lock()
+    while OPEN:
+        OPEN.popitem()[1][0].close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=close_inherited)
 
 
 class Keys:
     """What is in an LMDB, asked for like `Files`; places are the beginnings of keys."""
 
-    def __init__(self, place: Path, root: Path, folders: Iterable[str] = ()):
-        self.environment, self.lmdb, self.places, self.best = open_lmdb(place), place.relative_to(root).as_posix(), Codes(), STYLES[0]
-        self.cursor = self.environment.begin(buffers=True).cursor()
-        self.longest = self.environment.max_key_size()
+    def __init__(self, environment, lmdb: str, folders: Iterable[str] = ()):
+        self.lmdb, self.places, self.best = lmdb, Codes(), STYLES[0]  # lmdb: its place relative to the root
+        self.cursor, self.longest = environment.begin(buffers=True).cursor(), environment.max_key_size()
         # Keys of a JSON that mixes slashes mix them in the same way.
         bare = {folder: re.sub(r"^\.?[/\\]?(datasets[/\\])?", "", folder) for folder in folders}
         self.written = {normalise_folder(folder)[0]: start for folder, start in bare.items() if "/" in start and "\\" in start}
@@ -411,7 +437,10 @@ def source_folder(folder: str) -> str | None:
     found = re.search(r"^(.*)manipulated_sequences/(?!DeepFakeDetection/)[^/]+/(c23|c40|raw)/frames/(\d+)_\d+/$", folder)
     return f"{found[1]}original_sequences/youtube/{found[2]}/frames/{found[3]}/" if found else None
 
-# %% ../../nbs/data/catalog.ipynb #cea3294f
+# %% ../../nbs/data/catalog.ipynb #9daf8899
+FORMS = ("auto", "folder", "lmdb")
+
+
 @dataclass
 class Located:
     """Where the rows of an index table are: numbers of `store.places`, -1 where nothing is there."""
@@ -449,7 +478,7 @@ def locate(
     out = Located(store, *(np.full(len(rows), -1, np.int32) for _ in range(3)))
     changes = (np.diff(folder) != 0) | (np.diff(mask_folder) != 0) | (np.diff(fake) != 0) | (np.diff(codes_of(rows, "video")) != 0)
     edges = [0, *(np.flatnonzero(changes) + 1).tolist(), len(rows)] if len(rows) else []
-    for first, last in zip(tqdm(edges[:-1], desc="looking for frames", unit="video", disable=not progress), edges[1:]):
+    for first, last in zip(tqdm(edges[:-1], desc="looking for frames", unit="video", leave=False, disable=not progress), edges[1:]):
         names, here = words[name_codes[first:last]].tolist(), clean[folder[first]]
         out.frame[first:last] = find(store, names, [here])
         if fake[first]:
@@ -462,15 +491,16 @@ def locate(
 
 def locate_in_form(rows: pd.DataFrame, root: Path, dataset: str, form: str, progress: bool = False) -> Located:
     """The same in folders or in the dataset's LMDB. "auto" takes folders unless frames are missing there that an LMDB has."""
-    if form not in ("auto", "folder", "lmdb"):
-        raise ValueError(f"form={form!r}: expected auto, folder or lmdb.")
+    if form not in FORMS:
+        raise ValueError(f"form={form!r}: expected one of {', '.join(FORMS)}.")
     place = find_lmdb(root, dataset) if form != "folder" else None
     if form == "lmdb" and place is None:
         raise FileNotFoundError(f"There is no LMDB of {dataset} in {root}: neither lmdb/{dataset}_lmdb nor {dataset}_lmdb. Copy it there, or read the frames' files with form=\"folder\".")
     in_folders = locate(rows, Files(root), progress) if form != "lmdb" else None
     if place is None or in_folders is not None and (in_folders.frame >= 0).all():
         return in_folders
-    in_lmdb = locate(rows, Keys(place, root, rows["folder"].cat.categories), progress)
+    with opened_lmdb(place) as environment:
+        in_lmdb = locate(rows, Keys(environment, place.relative_to(root).as_posix(), rows["folder"].cat.categories), progress)
     return in_folders if in_folders is not None and (in_folders.frame >= 0).sum() > (in_lmdb.frame >= 0).sum() else in_lmdb
 
 # %% ../../nbs/data/catalog.ipynb #99ae92a8
@@ -613,6 +643,11 @@ def complain(rows: pd.DataFrame, located: Located, root: Path, path: Path) -> No
         warnings.warn(f"{path}: {without} frames of fakes have no mask on disk; they serve for detection, not for the mask game.", stacklevel=3)
 
 
+def text_of(rows: pd.DataFrame, column: str, function=str) -> pa.Array:
+    """`function` of a column's words, a row each, as Arrow keeps text."""
+    return pa.array(of_words(rows, column, function, None), pa.large_string()).take(pa.array(codes_of(rows, column), mask=codes_of(rows, column) < 0))
+
+
 def joined(places: list[str], codes: np.ndarray, names: pa.Array) -> pa.Array:
     """Paths of places and names; null where the place is -1."""
     folders = pa.array(places, pa.large_string()).take(pa.array(codes, mask=codes < 0))
@@ -621,12 +656,10 @@ def joined(places: list[str], codes: np.ndarray, names: pa.Array) -> pa.Array:
 
 def as_catalog(rows: pd.DataFrame, located: Located) -> pd.DataFrame:
     """The catalogue's columns of an index table and of where its rows are."""
-    words = lambda column, function=str: pa.array(of_words(rows, column, function, None), pa.large_string()).take(pa.array(codes_of(rows, column)))
-    places, names = list(located.store.places), words("name")
-    methods = words("label", METHOD_OF_LABEL.get)
+    places, names, methods = list(located.store.places), text_of(rows, "name"), text_of(rows, "label", METHOD_OF_LABEL.get)
     table = pa.table(dict(
         frame=joined(places, located.frame, names), mask=joined(places, located.mask, names),
-        video=pc.binary_join_element_wise(methods, words("video"), pa.scalar("/", pa.large_string())),
+        video=pc.binary_join_element_wise(methods, text_of(rows, "video"), pa.scalar("/", pa.large_string())),
         label=pc.not_equal(methods, "real").cast(pa.int64()), method=methods, source_frame=joined(places, located.source, names),
     ))
     return table.to_pandas(types_mapper={pa.large_string(): TEXT}.get, self_destruct=True)[COLUMNS]
