@@ -103,12 +103,14 @@ def show_findings(found) -> None:
         for k, row in enumerate(rows.itertuples()):
             numbers = (row.videos, row.frames, row.masks, row.missing, row.unreadable, row.short)
             table.add_row("" if k else dataset + " (LMDB)" * (form == "lmdb"), row.where, *(f"{n:,}" if isinstance(n, int) else "–" for n in numbers))
-    console.print(table, soft_wrap=False)
-    for row in found.findings.itertuples():
-        where = " ".join(part for part in (row.dataset, row.split, row.compression) if isinstance(part, str))
-        style = dict(error="red", warning="yellow", notice="cyan")[row.severity]
-        console.print(f"{row.severity:<8}", end="", style=style, markup=False)
-        console.print(f"{where}: {row.count:,} {row.what}, such as {row.example}. {row.remedy}", markup=False)
+    if len(counts):
+        console.print(table, soft_wrap=False)
+    for (severity, dataset, _), rows in found.findings.groupby(["severity", "dataset", "finding"], sort=False):
+        first, where = rows.iloc[0], [" ".join(part for part in parts if isinstance(part, str)) for parts in zip(rows["split"], rows["compression"])]
+        more = f" and {len(where) - 3} more" if len(where) > 3 else ""
+        console.print(f"{severity:<8}", end="", style=dict(error="red", warning="yellow", notice="cyan")[severity], markup=False)
+        console.print(f"{dataset} {', '.join(where[:3])}".strip() + f"{more}: {first['what']}: {rows['count'].sum():,} ({first['example']}). {first['remedy']}", markup=False)
+
 
 # %% ../nbs/cli.ipynb #4fbf81c4
 @app.command()
