@@ -92,6 +92,7 @@ def check(
 
 def show_findings(found) -> None:
     """Prints the counts as a table, and each finding with an example and its remedy."""
+    from pandas import isna
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
@@ -102,7 +103,7 @@ def show_findings(found) -> None:
     for (dataset, form), rows in counts.groupby(["dataset", "form"], sort=False):
         for k, row in enumerate(rows.itertuples()):
             numbers = (row.videos, row.frames, row.masks, row.missing, row.unreadable, row.short)
-            table.add_row("" if k else dataset + " (LMDB)" * (form == "lmdb"), row.where, *(f"{n:,}" if isinstance(n, int) else "–" for n in numbers))
+            table.add_row("" if k else dataset + " (LMDB)" * (form == "lmdb"), row.where, *("–" if isna(n) else f"{n:,}" for n in numbers))
     if len(counts):
         console.print(table, soft_wrap=False)
     for (severity, dataset, _), rows in found.findings.groupby(["severity", "dataset", "finding"], sort=False):

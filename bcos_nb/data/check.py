@@ -166,7 +166,7 @@ def note_shared(dataset: Dataset) -> None:
         if shared:
             dataset.found.append(finding("identities shared", len(shared), f"{shared[0]} in {people[0][shared[0]]} and {people[1][shared[0]]}", dataset.name, f"{one} and {other}"))
 
-# %% ../../nbs/data/check.ipynb #a3aab6c6
+# %% ../../nbs/data/check.ipynb #9e14aa3c
 def note_paths(dataset: Dataset, root: Path, form: str, shortest: int, progress: bool) -> None:
     """Look for the dataset's files; note what is missing, empty, too short or without masks."""
     rows = dataset.rows
@@ -217,8 +217,11 @@ def note_empty_videos(dataset: Dataset) -> None:
     files = dataset.located.store
     beside = {folder[:folder.index("/frames/")] + "/videos/" for folder in (normalise_folder(word)[0] for word in dataset.rows["folder"].unique()) if "/frames/" in folder}
     empty = sorted(folder for folder in beside if folder_state(files, folder) == 2)
-    for compression, group in pd.Series(empty, dtype=object).groupby([(re.search(r"/(c23|c40|raw)/", folder) or [None, ""])[1] for folder in empty]):
-        dataset.found.append(finding("videos folder empty", len(group), group.iloc[0], dataset.name, None, compression or None))
+    by_level = {}
+    for folder in empty:
+        by_level.setdefault((re.search(r"/(c23|c40|raw)/", folder) or [None, None])[1], []).append(folder)
+    for compression, folders in by_level.items():
+        dataset.found.append(finding("videos folder empty", len(folders), folders[0], dataset.name, None, compression))
 
 
 def counted(dataset: Dataset, missing: np.ndarray, number: np.ndarray, short: np.ndarray) -> pd.DataFrame:
