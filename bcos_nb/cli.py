@@ -71,13 +71,14 @@ def check(
     frames: Annotated[Optional[int], typer.Option(help="Videos with fewer frames are too short. Default: 32, or a miniature's own number.", show_default=False, min=1)] = None,
 ):
     """Count what is in a folder of datasets, and find what is broken."""
+    from bcos_nb.batch.grid_run import clock
     from bcos_nb.data.check import check_data
 
     def before_decoding(found):
         pictures = int(found.counts["frames"].sum() + found.counts["masks"].sum())
         if pictures >= MANY_PICTURES:
             show_findings(found)
-            tell(f"That is what paths tell ({took(begin)}). Now up to {pictures:,} pictures are decoded; Ctrl-C ends it, --fast leaves it out.", "bold")
+            tell(f"That is what paths tell ({clock(time.monotonic() - begin)}). Now up to {pictures:,} pictures are decoded; Ctrl-C ends it, --fast leaves it out.", "bold")
 
     begin = time.monotonic()
     tell(f"Looking at {dataset or 'all datasets'} in {root} ...")
@@ -85,7 +86,7 @@ def check(
     show_findings(found)
     kinds = [f"{count} {kind}{'s' * (count != 1)}" for kind in ("error", "warning", "notice") if (count := int((found.findings["severity"] == kind).sum()))]
     looked = "paths only" if fast else "paths and pictures"
-    tell(f"{', '.join(kinds) or 'Nothing to complain about'} ({looked}, {took(begin)}).", "red" if found.errors else "green")
+    tell(f"{', '.join(kinds) or 'Nothing to complain about'} ({looked}, {clock(time.monotonic() - begin)}).", "red" if found.errors else "green")
     if found.errors:
         raise typer.Exit(1)
 

@@ -91,7 +91,7 @@ def parse_index(content: bytes, path: Path, dataset: str) -> dict:
     return content[dataset]
 
 # %% ../../nbs/data/catalog.ipynb #2b492efb
-ANCHORS = ("rgb", "FaceForensics++", "FaceShifter", "DeepFakeDetection", "Celeb-DF-v1", "Celeb-DF-v2", "DFDCP", "DFDC", "DeeperForensics-1.0", "UADFV", "original_sequences", "manipulated_sequences")
+ANCHORS = ("rgb", "FaceForensics++", "FaceShifter", "DeepFakeDetection", "Celeb-DF-v1", "Celeb-DF-v2", "DFDCP", "DFDC", "DeeperForensics-1.0", "UADFV", "df-tp-ffhq", "original_sequences", "manipulated_sequences")
 
 
 def normalise_path(
@@ -235,7 +235,7 @@ def as_table(rows: dict[str, np.ndarray], codes: dict[str, Codes], video: np.nda
         columns[column] = pa.DictionaryArray.from_arrays(numbers, pa.array(list(codes[column]), pa.string()), mask=numbers < 0)
     return pa.table(columns)
 
-# %% ../../nbs/data/catalog.ipynb #4d0b9086
+# %% ../../nbs/data/catalog.ipynb #94619a91
 CACHE, CACHE_FORM = ".catalog", 1  # folder below the root; number of the form that the table has
 
 
@@ -277,7 +277,8 @@ def write_cache(place: Path, table: pa.Table, content: bytes) -> None:
         pq.write_table(table.replace_schema_metadata({"bcos_nb": stamp}), part, write_page_checksum=True, dictionary_pagesize_limit=1 << 30)
         os.replace(part, place)
     except OSError:
-        part.unlink(missing_ok=True) if part.exists() else None
+        if part.exists():
+            part.unlink()
 
 
 def index_table(path: Path, dataset: str, root: Path) -> pd.DataFrame:
@@ -304,7 +305,7 @@ class Files:
         if folder not in self.listed:
             try:
                 names = frozenset(map(sys.intern, os.listdir(os.path.join(self.root, folder))))
-            except OSError:
+            except (OSError, ValueError):  # ValueError: a name that no disk can hold
                 names = frozenset()
             self.listed[folder] = self.alike.setdefault(names, names)
         return self.listed[folder]
