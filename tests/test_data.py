@@ -22,7 +22,7 @@ FACES = "rgb/FaceForensics++"
 
 def contents(root):
     """Every file's hash, by path."""
-    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file() and p.name != ".forging.lock"}
+    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file() and p.name != ".forging.lock" and ".catalog" not in p.parts}
 
 
 def pixels(path, grey=False):

@@ -5,6 +5,7 @@ from importlib import import_module
 _WHERE = {
     "forge_dataset": "forge", "METHODS": "forgeries", "TRACES": "forgeries",
     "read_catalog": "catalog", "METHOD_OF_LABEL": "catalog",
+    "check_data": "check", "Findings": "check",
     "FrameDataset": "frames", "Frames": "frames", "load_frames": "frames", "read_picture": "frames",
     "prepare_videos": "preprocess",
 }
