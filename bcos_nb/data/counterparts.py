@@ -267,7 +267,7 @@ COUNTERPARTS = {counterpart.name: counterpart for counterpart in (
                   blur=(0.5, 0.9), noise=(1.5, 3.0), soften=(0.5, 0.75), softened=0.7, jpeg=(70, 90))),
     Counterpart(
         "df-tp-ffhq", 6, ("ffhq_imgs", "df-tp-ffhq/ffhq_imgs"), {"StyleGAN2": ("stylegan2_psi1.0", "df-tp-ffhq/stylegan2_psi1.0")},
-        lambda number: f"{number:05d}", lambda method, target, source: f"{target:05d}", single=True,
+        lambda number: f"{number:05d}", lambda method, target, source: f"{target:05d}", held={"val": 0.1, "test": 0.4}, single=True,
         # Photographs: sharp, large, well exposed, of every age.
         look=Look(age=(0.0, 1.0), scale=(1.08, 1.22), turn=0.8, key=(0.8, 1.3), ambient=(0.35, 0.6), warmth=(-0.1, 0.16), contrast=(1.0, 1.15),
                   blur=(0.15, 0.3), noise=(0.8, 2.2), soften=(0.9, 1.0), softened=0.0, jpeg=(88, 97))),
@@ -302,13 +302,14 @@ def contact_row(
     size: int = 128,  # frame side, pixels
     seed: int = 0,    # of the dataset
     amplify: float = 6.0,  # of the difference
+    through: Callable[[np.ndarray], np.ndarray] = lambda frames: frames,  # what frames go through, such as a compression
 ) -> list[np.ndarray]:  # source frame, fake, mask, difference: each uint8 [S, S, 3]
-    """One fake beside what it was made from; for whole-image synthesis the first is a real image of the dataset."""
+    """One fake beside what it was made from; for whole-image synthesis the first is the picture without the generator's traces."""
     counterpart = COUNTERPARTS[dataset]
     scenes = [make_scene(*counterpart.seeds(seed, k), 1 if counterpart.single else 4, size, counterpart.look) for k in numbers]
     records = [record(scene) for scene in scenes]
     fakes, masks = forge_fake(dataset, method, *scenes, *records, scenes[0].clip.seed)
-    at = len(fakes) // 2
-    frame = records[0][0][at]
+    at, fakes = len(fakes) // 2, through(fakes)
+    frame = through(records[0][0])[at]
     difference = np.clip(128 + amplify * (fakes[at].astype(np.float32) - frame), 0, 255).astype(np.uint8)
     return [frame, fakes[at], np.repeat(255 * masks[at][..., None].astype(np.uint8), 3, 2), difference]
