@@ -67,11 +67,12 @@ def forge(
     frames: Annotated[Optional[int], typer.Option(help="Frames in a video. Default: the preset's.", show_default=False)] = None,
     size: Annotated[Optional[int], typer.Option(help="Side of a frame in pixels. Default: the preset's.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    off_centre: Annotated[bool, typer.Option("--off-centre", help="Faces anywhere in the frame, and smaller.")] = False,
     workers: Annotated[Optional[int], typer.Option(help="Processes. Default: one for each core.", show_default=False, min=0)] = None,
 ):
     """Make the built-in miniature of FaceForensics++, or the counterpart of another dataset."""
     begin = time.monotonic()
-    forge_here(root, dict(preset=preset, dataset=dataset, identities=identities, frames_per_video=frames, size=size, seed=seed, workers=workers))
+    forge_here(root, dict(preset=preset, dataset=dataset, identities=identities, frames_per_video=frames, size=size, seed=seed, off_centre=off_centre, workers=workers))
     tell(f"{'All datasets are' if dataset == 'all' else f'{dataset} is'} in {root} ({took(begin)}).")
 
 

@@ -108,6 +108,16 @@ def test_names_say_what_a_fake_was_made_from(everything):
             assert dataset not in ("DeepFakeDetection", "Celeb-DF-v2") or found[1] != found[2]
 
 
+def test_nobody_sat_for_a_stylegan_image(everything):
+    """No generated image is close to a real one: correlations of small grey copies stay far from those of one picture with its noise."""
+    small = {label: [] for label in (0, 1)}
+    for split in SPLITS:
+        for row in catalog_of(everything, "df-tp-ffhq", split).itertuples():
+            copy = cv2.resize(pixels(everything / row.frame, grey=True), (16, 16), interpolation=cv2.INTER_AREA).astype(float).ravel()
+            small[row.label].append((copy - copy.mean()) / copy.std())
+    assert np.abs(np.array(small[1]) @ np.array(small[0]).T / 256).max() < 0.97 and len(small[1]) == 6
+
+
 def test_frames_are_what_the_stored_videos_decode_to(everything):
     for dataset, (real, _, folder, *_rest) in FORM.items():
         videos = sorted((everything / "rgb" / folder).rglob("*.mp4"))
@@ -208,6 +218,21 @@ def test_presets_and_what_is_given(tmp_path):
     root = forge_dataset(tmp_path / "x", preset="small", dataset="UADFV", identities=6, frames_per_video=1, size=80, workers=0, progress=False)
     catalog = catalog_of(root, "UADFV")
     assert len(catalog) == 12 and pixels(root / catalog["frame"][0]).shape == (80, 80, 3)
+
+
+def test_off_centre_faces_are_anywhere(everything, tmp_path):
+    """No place of the frame is forged in most fakes, regions are smaller, and everything else holds."""
+    root = forge_dataset(tmp_path / "x", off_centre=True, methods=("Deepfakes",), compressions=("raw",), workers=0, **TINY)
+    share = {}
+    for name, folder in (("off", root), ("usual", everything)):
+        rows = [row for split in SPLITS for row in catalog_of(folder, "FaceForensics++", split, "raw").query("method == 'Deepfakes'").itertuples()]
+        for row in rows if name == "off" else ():
+            changed = (pixels(folder / row.frame) != pixels(folder / row.source_frame)).any(-1)
+            assert (changed == (pixels(folder / row.mask, grey=True) == 255)).all() and changed.any()
+        share[name] = np.mean([pixels(folder / row.mask, grey=True) == 255 for row in rows], 0)
+    assert share["usual"].max() == 1 and share["off"].max() < 0.9 and share["off"].mean() < 0.6 * share["usual"].mean()
+    with pytest.raises(FileExistsError, match="off_centre"):
+        forge_dataset(root, methods=("Deepfakes",), compressions=("raw",), **TINY)
 
 
 # ---- interruptions and mistakes

@@ -1,7 +1,7 @@
 """Measures how a detector of the miniature FaceForensics++ does on the other datasets' counterparts: `make transfer` (twenty minutes on 2 cores).
 
 Trains the demo's ordinary detector, unless it is there or `--detector` names one, forges the counterparts beside the miniature, and writes
-data/bench/transfer.csv, which nbs/explore/datasets.ipynb shows. The counterparts' traces were tuned, with this detector and part of these
+data/bench/transfer.csv, which nbs/data/counterparts.ipynb shows. The counterparts' traces were tuned, with this detector and part of these
 frames, so that the loss of AUC lies where the study's does: the numbers say that the counterparts do what they are made for, nothing else.
 """
 import argparse

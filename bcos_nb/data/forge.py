@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -31,8 +31,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from .counterparts import COUNTERPARTS, forge_fake
-from .faces import make_scene, record, sample_identity
+from .counterparts import COUNTERPARTS, fake_scene, forge_fake
+from .faces import Look, make_scene, record, sample_identity
 
 
 # %% ../../nbs/data/forge.ipynb #bdea5c6c
@@ -52,6 +52,13 @@ class Recipe:
     compressions: tuple[str, ...]   # (): the dataset has one compression, its own
     seed: int
     dataset: str = DATASET
+    off_centre: bool = False        # faces anywhere in the frame, and smaller
+
+    @property
+    def look(self) -> Look | None:
+        """People, camera and light of its videos."""
+        look = COUNTERPARTS[self.dataset].look
+        return replace(look or Look(), scale=(0.45, 0.7), offset=0.24) if self.off_centre else look
 
     def described(self) -> dict:
         """As written into the stamp: parameters, version, and a fingerprint of the trace strengths."""
@@ -59,6 +66,8 @@ class Recipe:
         version = FORGE_VERSION if content["dataset"] == DATASET else COUNTERPART_VERSION
         if self.dataset == DATASET:
             del content["dataset"]
+        if not self.off_centre:
+            del content["off_centre"]
         return json.loads(json.dumps({**content, "version": version, "traces": COUNTERPARTS[self.dataset].fingerprint(self.methods)}))
 
 
@@ -114,7 +123,7 @@ def make_recipe(
     usual |= dict(frames_per_video=1) if form.single else {}
     chosen = usual | {name: value for name, value in given.items() if value is not None}
     numbers = {name: int(chosen[name]) for name in ("identities", "frames_per_video", "size", "seed")}
-    recipe = Recipe(**numbers, methods=tuple(chosen["methods"]), compressions=tuple(chosen["compressions"]), dataset=dataset)
+    recipe = Recipe(**numbers, methods=tuple(chosen["methods"]), compressions=tuple(chosen["compressions"]), dataset=dataset, off_centre=bool(chosen.get("off_centre", False)))
     check_recipe(recipe)
     return recipe
 
@@ -218,7 +227,7 @@ def forge_pair(
     """Film two people, forge each into the other, write everything; yields after each video written."""
     cv2.setNumThreads(1)
     form = COUNTERPARTS[recipe.dataset]
-    scenes = [make_scene(*form.seeds(recipe.seed, number), recipe.frames_per_video, recipe.size, form.look) for number in pair]
+    scenes = [make_scene(*form.seeds(recipe.seed, number), recipe.frames_per_video, recipe.size, recipe.look) for number in pair]
     records = [record(scene) for scene in scenes]
     places = {level: (level, () if CRF[level] is None else (CRF[level],)) for level in recipe.compressions} or {"": ("", form.crf)}
     for a, b in ((0, 1), (1, 0)):
@@ -228,10 +237,14 @@ def forge_pair(
                 write_video(root / "rgb" / form.real[1] / folder, form.real_name(pair[a]), frames, landmarks, None, crf)
         yield form.real_name(pair[a])
         for method in recipe.methods:
-            fakes, masks = forge_fake(recipe.dataset, method, scenes[a], scenes[b], records[a], records[b], scenes[a].clip.seed)
+            target, filmed = scenes[a], records[a]
+            if form.single:  # whole-image synthesis has no target among the real images
+                target = fake_scene(recipe.dataset, method, recipe.seed, pair[a], recipe.frames_per_video, recipe.size, recipe.look)
+                filmed = record(target)
+            fakes, masks = forge_fake(recipe.dataset, method, target, scenes[b], filmed, records[b], target.clip.seed)
             name = form.fake_name(method, pair[a], pair[b])
             for folder, crf in places.values():
-                write_video(root / "rgb" / form.fakes[method][1] / folder, name, fakes, landmarks, masks if form.masks else None, crf)
+                write_video(root / "rgb" / form.fakes[method][1] / folder, name, fakes, filmed[1], masks if form.masks else None, crf)
             yield f"{method}/{name}"
 
 
@@ -373,6 +386,7 @@ def forge_dataset(
     methods: Sequence[str] | None = None,  # of the dataset's; None: all
     compressions: Sequence[str] | None = None,  # of raw, c23, c40, where the dataset has levels; None: c23 and c40
     seed: int = 0,                    # same seed and parameters, same bytes
+    off_centre: bool = False,         # faces anywhere in the frame, and smaller, so that "look at the middle" fails
     progress: bool = True,            # show a bar of videos done, and the rate at the end
     workers: int | None = None,       # processes; None: one per core; 0: this one
 ) -> Path:                            # root
@@ -381,7 +395,7 @@ def forge_dataset(
     Finishes a half-made dataset of the same parameters; returns at once if it is complete. Raises ValueError on
     parameters that cannot be, and FileExistsError where the folder holds another dataset or other files.
     """
-    root, given = Path(root), dict(identities=identities, frames_per_video=frames_per_video, size=size, methods=methods, compressions=compressions, seed=seed)
+    root, given = Path(root), dict(identities=identities, frames_per_video=frames_per_video, size=size, methods=methods, compressions=compressions, seed=seed, off_centre=off_centre)
     if dataset == "all":
         if methods is not None:
             raise ValueError(f"methods={list(methods)}: every dataset has its own; leave it out with dataset='all'.")
@@ -462,14 +476,14 @@ def differing(found: dict, wanted: dict) -> str:
 
 def present_reals(root: Path, recipe: Recipe) -> tuple[str, ...]:
     """Compressions at which a complete dataset has this one's real videos; FileExistsError if it has others in their place."""
-    shared = ("identities", "frames_per_video", "size", "seed")
+    shared = ("identities", "frames_per_video", "size", "seed", "off_centre")
     there = []
     for name, form in COUNTERPARTS.items():
         for path in marks_of(root, name)[:2] if name != recipe.dataset and form.real == COUNTERPARTS[recipe.dataset].real else ():
             if path.is_file():
                 found, wanted = json.loads(path.read_text(encoding="utf-8")), recipe.described()
-                if any(found[key] != wanted[key] for key in shared):
-                    few = [{key: content[key] for key in shared} for content in (found, wanted)]
+                few = [{key: content.get(key, False) for key in shared} for content in (found, wanted)]
+                if few[0] != few[1]:
                     raise FileExistsError(f"{root} holds {name}, whose real videos {recipe.dataset} shares, with other parameters ({differing(*few)}). Choose another folder, or ask for the same parameters.")
                 there += found["compressions"] if path == marks_of(root, name)[0] else []
     return tuple(there)
