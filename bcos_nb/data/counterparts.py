@@ -65,6 +65,10 @@ class Manipulation:
     period: float = 6.0            # of the pattern that the miniature does not have, pixels of a 128 px frame
     awake: bool = False            # fakes do not blink
 
+    def described(self) -> list:
+        """Everything about it, as JSON can hold it."""
+        return [self.region and self.region.__name__, self.lattice, self.traces, self.period, self.awake]
+
 
 MANIPULATIONS = {
     # A generator of 256 px that keeps the target's light and covers what stands before the face; soft, learned mask.
@@ -196,7 +200,7 @@ class Counterpart:
 
     def fingerprint(self, methods: tuple[str, ...]) -> str:
         """Changes with everything that decides how these methods look."""
-        content = {m: TRACES[m] if m in TRACES else repr((MANIPULATIONS[m].traces, MANIPULATIONS[m].lattice, MANIPULATIONS[m].period, MANIPULATIONS[m].awake)) for m in methods}
+        content = {m: TRACES[m] if m in TRACES else MANIPULATIONS[m].described() for m in methods}
         content |= {"look": repr((self.look, self.crf))} if self.stream else {}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -226,20 +230,23 @@ def scene_of(number: int) -> str:
 def dubbed(method: str, target: int, source: int) -> str:
     """Name of a DeepFakeDetection fake, such as 01_02__kitchen_pan__5QW2PKNL."""
     code = hashlib.sha256(f"{target} {source}".encode()).digest()
-    return f"{target % ACTORS + 1:02d}_{source % ACTORS + 1:02d}__{scene_of(target)}__" + "".join("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"[byte % 36] for byte in code[:8])
+    letters = "".join("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"[byte % 36] for byte in code[:8])
+    return f"{target % ACTORS + 1:02d}_{source % ACTORS + 1:02d}__{scene_of(target)}__{letters}"
 
 
 TARGET_SOURCE = lambda method, target, source: f"{target:03d}_{source:03d}"
 COUNTERPARTS = {counterpart.name: counterpart for counterpart in (
     Counterpart(
         FACES, 0, ("FF-real", f"{FACES}/original_sequences/youtube"),
-        {m: (label, f"{FACES}/manipulated_sequences/{m}") for m, label in zip(("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures"), ("FF-DF", "FF-F2F", "FF-FS", "FF-NT"))},
+        {method: (label, f"{FACES}/manipulated_sequences/{method}")
+         for method, label in (("Deepfakes", "FF-DF"), ("Face2Face", "FF-F2F"), ("FaceSwap", "FF-FS"), ("NeuralTextures", "FF-NT"))},
         digits, TARGET_SOURCE, levels=True, masks=True),
     Counterpart(
         "FaceShifter", 0, ("FF-real", f"{FACES}/original_sequences/youtube"), {"FaceShifter": ("FF-FH", f"{FACES}/manipulated_sequences/FaceShifter")},
         digits, TARGET_SOURCE, levels=True),
     Counterpart(
-        "DeepFakeDetection", 2, ("DFD_real", f"{FACES}/original_sequences/actors"), {"DeepFakeDetection": ("DFD_fake", f"{FACES}/manipulated_sequences/DeepFakeDetection")},
+        "DeepFakeDetection", 2, ("DFD_real", f"{FACES}/original_sequences/actors"),
+        {"DeepFakeDetection": ("DFD_fake", f"{FACES}/manipulated_sequences/DeepFakeDetection")},
         acted, dubbed, levels=True, masks=True, held={"test": 1.0}, repeated={"train": "test", "val": "test"}, actors=ACTORS,
         # Paid actors before a good camera, lit on purpose, filmed from farther away.
         look=Look(age=(0.1, 0.6), scale=(0.82, 1.0), turn=1.5, key=(0.95, 1.3), ambient=(0.45, 0.65), warmth=(-0.04, 0.1), contrast=(1.0, 1.12),

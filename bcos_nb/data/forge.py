@@ -10,7 +10,6 @@ __all__ = ['FORGE_VERSION', 'COUNTERPART_VERSION', 'DATASET', 'CRF', 'STAMP', 'S
            'available_cores']
 
 # %% ../../nbs/data/forge.ipynb #1d7ed6b2
-import hashlib
 import json
 import os
 import queue
@@ -123,7 +122,8 @@ def make_recipe(
     usual |= dict(frames_per_video=1) if form.single else {}
     chosen = usual | {name: value for name, value in given.items() if value is not None}
     numbers = {name: int(chosen[name]) for name in ("identities", "frames_per_video", "size", "seed")}
-    recipe = Recipe(**numbers, methods=tuple(chosen["methods"]), compressions=tuple(chosen["compressions"]), dataset=dataset, off_centre=bool(chosen.get("off_centre", False)))
+    lists = {name: tuple(chosen[name]) for name in ("methods", "compressions")}
+    recipe = Recipe(**numbers, **lists, dataset=dataset, off_centre=bool(chosen.get("off_centre", False)))
     check_recipe(recipe)
     return recipe
 
@@ -395,7 +395,8 @@ def forge_dataset(
     Finishes a half-made dataset of the same parameters; returns at once if it is complete. Raises ValueError on
     parameters that cannot be, and FileExistsError where the folder holds another dataset or other files.
     """
-    root, given = Path(root), dict(identities=identities, frames_per_video=frames_per_video, size=size, methods=methods, compressions=compressions, seed=seed, off_centre=off_centre)
+    root = Path(root)
+    given = dict(identities=identities, frames_per_video=frames_per_video, size=size, methods=methods, compressions=compressions, seed=seed, off_centre=off_centre)
     if dataset == "all":
         if methods is not None:
             raise ValueError(f"methods={list(methods)}: every dataset has its own; leave it out with dataset='all'.")
