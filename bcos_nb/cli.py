@@ -119,15 +119,19 @@ def show_findings(found) -> None:
 @explained
 def forge(
     root: Annotated[Path, typer.Argument(help="Folder of the dataset.")],
-    identities: Annotated[int, typer.Option(help="Real videos; as many fakes of each method.")] = 100,
-    frames: Annotated[int, typer.Option(help="Frames in a video.")] = 8,
-    size: Annotated[int, typer.Option(help="Side of a frame in pixels.")] = 128,
+    preset: Annotated[str, typer.Option(help="How much: mini (the demo's), small (256 px, 32 frames) or full (1,000 real videos).")] = "mini",
+    dataset: Annotated[str, typer.Option(help="FaceForensics++, FaceShifter, DeepFakeDetection, DFDCP, Celeb-DF-v2, UADFV, df-tp-ffhq, or all.")] = "FaceForensics++",
+    identities: Annotated[Optional[int], typer.Option(help="Real videos; as many fakes of each method. Default: the preset's.", show_default=False)] = None,
+    frames: Annotated[Optional[int], typer.Option(help="Frames in a video. Default: the preset's.", show_default=False)] = None,
+    size: Annotated[Optional[int], typer.Option(help="Side of a frame in pixels. Default: the preset's.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    off_centre: Annotated[bool, typer.Option("--off-centre", help="Faces anywhere in the frame, and smaller.")] = False,
+    workers: Annotated[Optional[int], typer.Option(help="Processes. Default: one for each core.", show_default=False, min=0)] = None,
 ):
-    """Make the built-in miniature of FaceForensics++."""
+    """Make the built-in miniature of FaceForensics++, or the counterpart of another dataset."""
     begin = time.monotonic()
-    forge_here(root, dict(identities=identities, frames_per_video=frames, size=size, seed=seed))
-    tell(f"The dataset is in {root} ({took(begin)}).")
+    forge_here(root, dict(preset=preset, dataset=dataset, identities=identities, frames_per_video=frames, size=size, seed=seed, off_centre=off_centre, workers=workers))
+    tell(f"{'All datasets are' if dataset == 'all' else f'{dataset} is'} in {root} ({took(begin)}).")
 
 
 def forge_here(root: Path, recipe: dict) -> None:

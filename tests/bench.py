@@ -448,9 +448,25 @@ def rows_of_catalog(settings, device):
                                note=f"{taken:.1f} s, of these {used:.1f} s of processor; peak {peak / 1e9:.2f} GB, one core")
 
 
+def rows_of_forging(settings, device):
+    from bcos_nb.data.counterparts import COUNTERPARTS
+    from bcos_nb.data.faces import make_scene, record
+    from bcos_nb.data.forge import encoded, forge_pair, make_recipe
+
+    for dataset, side in (("FaceForensics++", 128), ("FaceForensics++", 256), ("Celeb-DF-v2", 128)):
+        form = COUNTERPARTS[dataset]
+        recipe = make_recipe("mini", dataset, size=side, compressions=("c23",) if form.levels else None)
+        videos, filmed = 2 * (1 + len(recipe.methods)), record(make_scene(0, 0, recipe.frames_per_video, side))[0]
+        with tempfile.TemporaryDirectory() as place:
+            taken = turns(dict(ours=lambda: list(forge_pair(Path(place), recipe, (0, 1))), theirs=lambda: [encoded(filmed, form.crf or (23,)) for _ in range(videos)]), 2)
+        frames = videos * recipe.frames_per_video
+        yield row(f"forging {frames} frames of {side} px, {dataset}, one core", taken["ours"], taken["theirs"], beside="compressing as many",
+                  note=f"{frames / statistics.median(taken['ours']):.1f} frames per second per core: rendered, forged, compressed, written with masks and landmarks")
+
+
 ROWS = dict(forward=rows_of_forward, steps=rows_of_steps, compiled=rows_of_compiled, memory=rows_of_memory, explanations=rows_of_explanations,
             layers=rows_of_layers, games=rows_of_games, training=rows_of_training,
-            catalog=rows_of_catalog)
+            catalog=rows_of_catalog, forging=rows_of_forging)
 COLUMNS = ("room work beside b precision ours_s theirs_s ratio lowest highest ratio_is target reached ours_mb theirs_mb repeats note "
            "arch side batch torch device cpu cores threads gpu python date disturbed").split()
 

@@ -9,8 +9,8 @@ __all__ = ['SKIN_TONES', 'HAIR_COLOURS', 'IRIS_COLOURS', 'HAIR_STYLES', 'SPAN', 
            'skin_colour', 'beard_region', 'strands', 'hair_layers', 'height_field', 'normals_of', 'paint_head',
            'paint_brows', 'paint_glasses', 'paint_eyes', 'smooth_curve', 'stroke', 'paint_mouth', 'rounded', 'Shot',
            'Clip', 'wander', 'sample_clip', 'project', 'canvas_maps', 'light_head', 'develop', 'sensor_noise', 'finish',
-           'paint_body', 'paint_background', 'Scene', 'make_scene', 'film', 'layered', 'surroundings', 'shot_landmarks',
-           'record', 'contact_sheet']
+           'paint_body', 'paint_background', 'Look', 'Scene', 'make_scene', 'film', 'layered', 'surroundings',
+           'shot_landmarks', 'record', 'contact_sheet']
 
 # %% ../../nbs/data/faces.ipynb #88aaadf5
 from dataclasses import dataclass, field, replace
@@ -786,6 +786,46 @@ def paint_background(seed: int, side: int) -> np.ndarray:
     blur = rng.uniform(0.3, 5.0) * side / 250
     return cv2.GaussianBlur(np.clip(picture, 0.003, 1.2).astype(np.float32), (0, 0), blur)
 
+# %% ../../nbs/data/faces.ipynb #cd6720c9
+@dataclass(frozen=True)
+class Look:
+    """People, camera and light of a dataset, where they differ from what is drawn without it."""
+    age: tuple[float, float] | None = None        # 0 young to 1 old
+    scale: tuple[float, float] = (1.0, 1.0)       # size of the face, relative
+    turn: float = 1.0                             # how far heads turn, relative
+    offset: float = 0.0                           # how far the face may be off its place, frame widths
+    key: tuple[float, float] | None = None        # strength of the main light
+    ambient: tuple[float, float] | None = None    # strength of the rest
+    warmth: tuple[float, float] | None = None     # of the main light, -0.3 blue to 0.3 yellow
+    exposure: tuple[float, float] = (1.0, 1.0)    # relative
+    contrast: tuple[float, float] | None = None   # exponent of the tone curve
+    blur: tuple[float, float] | None = None       # of the lens, pixels of a 128 px frame
+    noise: tuple[float, float] | None = None      # sensor noise, 8-bit levels
+    soften: tuple[float, float] | None = None     # by which whole videos were once made smaller
+    softened: float = 1.0                         # share of videos for which that is so
+    jpeg: tuple[int, int] | None = None           # quality at which frames were once saved
+
+    def person(self, identity: Identity, seed: int) -> Identity:
+        """The identity as this dataset casts it."""
+        return identity if self.age is None else replace(identity, age=float(np.random.default_rng([seed, 808]).uniform(*self.age)))
+
+    def camera(self, clip: Clip) -> Clip:
+        """The clip as this dataset's camera films it."""
+        rng = np.random.default_rng([clip.seed, 809])
+        drawn = {name: rng.uniform(*(getattr(self, name) or (0, 0))) for name in ("key", "ambient", "warmth", "exposure", "contrast", "blur", "noise", "soften", "scale")}
+        quality, softens, move = rng.integers(*(self.jpeg or (1, 2))), rng.random() < self.softened, self.offset * rng.uniform(-1, 1, 2)
+        shots = tuple(replace(shot, yaw=shot.yaw * self.turn, pitch=shot.pitch * self.turn, scale=shot.scale * drawn["scale"],
+                              centre=tuple(np.asarray(shot.centre) + move), body=tuple(np.asarray(shot.body) + move)) for shot in clip.shots)
+        warmth = drawn["warmth"] if self.warmth else (clip.key[0] - clip.key[2]) / (2 * clip.key[1])
+        key = np.array([1 + warmth, 1, 1 - warmth]) * (drawn["key"] if self.key else clip.key[1])
+        ambient = np.array([1 - warmth / 2, 1, 1 + warmth / 2]) * (drawn["ambient"] if self.ambient else clip.ambient[1])
+        changed = {name: float(drawn[name]) for name in ("contrast", "blur", "noise") if getattr(self, name)}
+        if self.soften:
+            changed["soften"] = float(drawn["soften"]) if softens else 1.0
+        if self.jpeg:
+            changed["jpeg"] = int(quality)
+        return replace(clip, shots=shots, key=tuple(key), ambient=tuple(ambient), exposure=clip.exposure * float(drawn["exposure"]), **changed)
+
 # %% ../../nbs/data/faces.ipynb #c2a1e294
 @dataclass
 class Scene:
@@ -808,9 +848,12 @@ def make_scene(
     clip_seed: int,       # what happens
     frames: int = 8,      # how long
     size: int = 128,      # frame side, pixels
+    look: Look | None = None,  # the dataset's; None: as drawn
 ) -> Scene:
     """Paint a person and the surroundings of a video."""
     identity, clip = sample_identity(identity_seed), sample_clip(clip_seed, frames)
+    if look is not None:
+        identity, clip = look.person(identity, identity_seed), look.camera(clip)
     # Half an automatic exposure: cameras meter the face, but dark skin stays darker than light skin.
     clip = replace(clip, exposure=clip.exposure * (0.3 / float(np.mean(identity.skin))) ** 0.4)
     resolution = 16 * max(4, round(size * 1.6 / 16))

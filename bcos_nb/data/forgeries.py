@@ -67,12 +67,13 @@ METHODS = tuple(TRACES)
 
 
 def draw_traces(
-    method: str,                # a key of TRACES
+    method: str | dict,         # a key of TRACES, or ranges such as are in it
     rng: np.random.Generator,   # of this video
     size: int = 128,            # frame side, pixels
 ) -> dict[str, float]:          # one value per trace
     """Draw one video's trace strengths; lengths and ratios are scaled to the frame's size."""
-    drawn = {name: float(rng.uniform(*value)) if isinstance(value, tuple) else float(value) for name, value in TRACES[method].items()}
+    ranges = TRACES[method] if isinstance(method, str) else method
+    drawn = {name: float(rng.uniform(*value)) if isinstance(value, tuple) else float(value) for name, value in ranges.items()}
     for name in ("feather", "period"):
         if name in drawn:
             drawn[name] *= size / 128
