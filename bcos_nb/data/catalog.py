@@ -43,6 +43,7 @@ METHOD_OF_LABEL = {
     "DFDCP_Real": "real", "DFDCP_FakeA": "DFDCP A", "DFDCP_FakeB": "DFDCP B", "DFDC_Real": "real", "DFDC_Fake": "DFDC",
     "DF_real": "real", "DF_fake": "DeeperForensics-1.0", "UADFV_Real": "real", "UADFV_Fake": "UADFV",
     "ffhq_imgs": "real", "stylegan2_psi1.0": "StyleGAN2",
+    "real": "real", "fake": "fake",  # of a dataset of one's own
 }
 COMPRESSED = ("FaceForensics++", "FF-DF", "FF-F2F", "FF-FS", "FF-NT", "DeepFakeDetection", "FaceShifter")
 COMPRESSIONS, SPLITS = ("c23", "c40", "raw"), ("train", "val", "test")
@@ -67,8 +68,8 @@ def find_index(
         state = f"{root} is not a folder"
     elif not any(root.iterdir()):
         state = f"{root} is empty"
-    elif (root / ".forging.json").is_file():
-        state = f"{root} is a miniature whose forging has not ended"
+    elif (root / ".forging.json").is_file() or (root / "forged" / f"{dataset}.started").is_file():
+        state = f"the forging of {dataset} in {root} has not ended"
     else:
         state = f"found there: {', '.join(present)}" if present else "no dataset's JSON is there"
     raise FileNotFoundError(f"No {dataset}.json in {looked}; {state}. " + REMEDY.format(root=root))

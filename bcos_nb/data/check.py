@@ -180,11 +180,12 @@ def note_paths(dataset: Dataset, root: Path, form: str, shortest: int, progress:
     dataset.note("frames missing", missing & (state == 0), written)
     number = video_numbers(rows)
     total = np.bincount(number)[number] if len(rows) else number
-    dataset.note("too short", total < shortest, lambda row: f"{video_name(row)} has {(number == number[rows.index.get_loc(row.name)]).sum()}", one_per=("label", "video"))
+    short = (total < shortest) & (total > 1).any()  # a dataset of single images has no videos that could be short
+    dataset.note("too short", short, lambda row: f"{video_name(row)} has {(number == number[rows.index.get_loc(row.name)]).sum()}", one_per=("label", "video"))
     note_masks(dataset, missing)
     if not located.store.lmdb:
         note_empty_videos(dataset)
-    dataset.counts = counted(dataset, missing, number, total < shortest)
+    dataset.counts = counted(dataset, missing, number, short)
 
 
 def folder_state(files: Files, folder: str) -> int:
@@ -326,7 +327,7 @@ def check_data(
     *,
     fast: bool = False,               # look at paths only, decode nothing
     json_dir: str | Path | None = None,  # where to look for the JSONs first
-    frames_per_video: int | None = None,  # videos with fewer are too short; None: what a miniature was forged with, or else 32
+    frames_per_video: int | None = None,  # videos with fewer are too short; None: as many as a dataset was forged with, or else 32
     form: str = "auto",               # folder, lmdb, or auto, as for read_catalog
     threads: int | None = None,       # that decode; None: one a core, at most 16
     progress: bool = False,           # show bars
@@ -340,11 +341,10 @@ def check_data(
     names = [dataset] if dataset is not None else datasets_in(root, json_dir)
     if not names or not root.is_dir():
         find_index(root, dataset or "FaceForensics++", json_dir)
-    shortest = usual_length(root) if frames_per_video is None else frames_per_video
     if form not in FORMS:
         raise ValueError(f"form={form!r}: expected one of {', '.join(FORMS)}.")
-    if shortest < 1:
-        raise ValueError(f"frames_per_video={shortest}: expected 1 or more.")
+    if frames_per_video is not None and frames_per_video < 1:
+        raise ValueError(f"frames_per_video={frames_per_video}: expected 1 or more.")
     found = [] if dataset is not None else folders_without_json(root, names)
     datasets = []
     for name in names:
@@ -358,7 +358,7 @@ def check_data(
             datasets.append(usable(name, index))
             note_shared(datasets[-1])
             try:
-                note_paths(datasets[-1], root, form, shortest, progress)
+                note_paths(datasets[-1], root, form, frames_per_video or usual_length(root, name), progress)
             except ValueError as error:
                 found += [*datasets.pop().found, finding("lmdb damaged", 1, str(error).split(". ")[0], name)]
     if not fast:
@@ -390,10 +390,13 @@ def folders_without_json(root: Path, names: Sequence[str]) -> list[dict]:
     return [finding("no json for folder", 1, name, name) for name in there if name not in listed]
 
 
-def usual_length(root: Path) -> int:
-    """Frames that a video should have: as many as a miniature was forged with, or 32."""
-    try:
-        wanted = json.loads((root / "miniature.json").read_text(encoding="utf-8")).get("frames_per_video")
-    except (OSError, ValueError, AttributeError):
-        wanted = None
-    return wanted if isinstance(wanted, int) and wanted > 0 else 32
+def usual_length(root: Path, dataset: str) -> int:
+    """Frames that a dataset's videos should have: as many as it was forged with, or 32."""
+    for stamp in (root / "forged" / f"{dataset}.json", root / "miniature.json"):
+        try:
+            wanted = json.loads(stamp.read_text(encoding="utf-8")).get("frames_per_video")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if isinstance(wanted, int) and wanted > 0:
+            return wanted
+    return 32
