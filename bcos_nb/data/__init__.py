@@ -5,7 +5,8 @@ from importlib import import_module
 _WHERE = {
     "forge_dataset": "forge", "METHODS": "forgeries", "TRACES": "forgeries",
     "read_catalog": "catalog", "METHOD_OF_LABEL": "catalog",
-    "FrameDataset": "frames", "Frames": "frames", "load_frames": "frames", "read_picture": "frames",
+    "FrameDataset": "frames", "Frames": "frames", "load_frames": "frames", "read_batches": "frames", "read_picture": "frames",
+    "pack_frames": "cache", "PackedFrames": "cache",
 }
 __all__ = list(_WHERE)
 
