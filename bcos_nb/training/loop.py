@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.augment import crop_and_flip
-from ..data.frames import Frames, as_float, read_batches
+from ..data.frames import Frames, as_float, picked, read_batches
 from ..layers.bcos import BcosConv2d, BcosLinear
 from ..layers.dynamic_linear import evaluating
 from ..models.checkpoints import save_detector, write_atomically
@@ -88,8 +88,7 @@ def batches(
     """The batches of an order, on the device; 8 bits a value until they are there."""
     if isinstance(source, Frames):
         for indices in order:
-            images = source.images[indices].to(device, non_blocking=True)
-            yield images.float().div_(255), source.labels[indices].to(device)
+            yield as_float(picked(source.images, indices).to(device, non_blocking=True)), source.labels[indices].to(device)
     else:
         pin_memory = torch.device(device).type == "cuda"
         for batch in read_batches(source, order, skip_unreadable=skip_unreadable, parts=parts, workers=num_workers, pin_memory=pin_memory):
