@@ -7,7 +7,7 @@ __all__ = ['LIMIT', 'COUNTED', 'read_picture', 'decoded', 'undecodable', 'opened
            'refuse_outside', 'Unreadable', 'FrameDataset', 'resize', 'as_float', 'fill', 'BatchReader', 'read_batches',
            'Frames', 'picked', 'rows_of', 'in_threads', 'load_frames']
 
-# %% ../../nbs/data/frames.ipynb #5a3c7812
+# %% ../../nbs/data/frames.ipynb #39d2b1b7
 import logging
 import os
 import re
@@ -20,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import cv2
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -31,24 +32,27 @@ from tqdm.auto import tqdm
 
 _log = logging.getLogger(__name__)
 
-# %% ../../nbs/data/frames.ipynb #eef740a7
+# %% ../../nbs/data/frames.ipynb #534db1cc
 def read_picture(
     path: str | Path,   # a PNG or JPEG file
     grey: bool = False, # one channel instead of three
 ) -> Tensor:            # uint8 [3 or 1, H, W]
     """Decode a picture. FileNotFoundError if it is not there, ValueError if it is damaged; both name it and the remedy."""
+    kind = "mask" if grey else "frame"
     try:
-        return decoded(str(path), grey)
+        content = np.fromfile(path, np.uint8)  # decode_image would map the file, which takes longer than reading it
+        return decoded(torch.from_numpy(content), grey)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"The {kind} {path} is not there. It was when the catalogue was read, or the catalogue's root is wrong: read the catalogue again, or pass root=.") from error
+    except OSError as error:
+        raise ValueError(f"The {kind} {path} cannot be read ({error.strerror}). Check the disk and the file's permissions.") from error
     except RuntimeError as error:
-        kind = "mask" if grey else "frame"
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"The {kind} {path} is not there. It was when the catalogue was read, or the catalogue's root is wrong: read the catalogue again, or pass root=.") from error
-        raise undecodable(kind, path, Path(path).stat().st_size, error) from error
+        raise undecodable(kind, path, len(content), error) from error
 
 
-def decoded(source: str | Tensor, grey: bool) -> Tensor:
-    """A picture from its path, or from its bytes as uint8 [n]. RuntimeError where torchvision cannot, or it has more than 8 bits."""
-    picture = decode_image(source, mode=ImageReadMode.GRAY if grey else ImageReadMode.RGB)
+def decoded(content: Tensor, grey: bool) -> Tensor:
+    """A picture from a file's content, uint8 [n]. RuntimeError where torchvision cannot decode it, or it has more than 8 bits."""
+    picture = decode_image(content, mode=ImageReadMode.GRAY if grey else ImageReadMode.RGB)
     if picture.dtype != torch.uint8:
         raise RuntimeError(f"its values are {picture.dtype}, 8 bits were expected")
     return picture
