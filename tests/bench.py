@@ -464,9 +464,125 @@ def rows_of_forging(settings, device):
                   note=f"{frames / statistics.median(taken['ours']):.1f} frames per second per core: rendered, forged, compressed, written with masks and landmarks")
 
 
+def read_as_deepfakebench(catalog, size, augment=None):
+    """A dataset as DeepfakeBench reads frames: OpenCV decodes and resizes, albumentations augments, torchvision makes a normalised tensor."""
+    import cv2
+    from torchvision import transforms
+
+    root, paths, labels = Path(catalog.attrs["root"]), catalog["frame"].tolist(), catalog["label"].tolist()
+    to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
+
+    class Plain(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(paths)
+
+        def __getitem__(self, index):
+            image = cv2.cvtColor(cv2.imread(str(root / paths[index])), cv2.COLOR_BGR2RGB)
+            image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+            return to_tensor(augment(image=image)["image"] if augment else image), labels[index]
+
+    return Plain()
+
+
+def augmentation_of_deepfakebench():
+    """Its list with its default probabilities and ranges; what it resizes in between it has resized before."""
+    import albumentations as A
+
+    colours = [A.RandomBrightnessContrast(brightness_limit=0.1, contrast_limit=0.1), A.FancyPCA(), A.HueSaturationValue()]
+    return A.Compose([A.HorizontalFlip(p=0.5), A.Rotate(limit=(-10, 10), p=0.5), A.GaussianBlur(blur_limit=(3, 7), p=0.5), A.OneOf(colours, p=0.5),
+                      A.ImageCompression(quality_range=(40, 100), p=0.5)])
+
+
+def rows_of_loading(settings, device):
+    """An epoch in one process and one thread, from files (in the system's cache, on both sides) to normalised float batches of 32; seconds of the core."""
+    import albumentations as A
+    import cv2
+
+    from bcos_nb.data import FrameDataset, forge_dataset, load_frames, pack_frames, read_catalog
+    from bcos_nb.data.augment import crop_and_flip
+    from bcos_nb.training.loop import batches
+
+    batch, threads, cv2_threads = 32, torch.get_num_threads(), cv2.getNumThreads()
+    with tempfile.TemporaryDirectory() as place:
+        root = forge_dataset(Path(place) / "frames", identities=6, frames_per_video=8, size=256, methods=("Deepfakes",), compressions=("c23",), progress=False)
+        catalog = pd.concat([read_catalog(root, split=split) for split in ("train", "val", "test")], ignore_index=True)
+        catalog.attrs["root"] = str(root)
+        catalog = catalog.head(len(catalog) // batch * batch)
+        order = list(torch.arange(len(catalog)).split(batch))
+        file_kb = statistics.mean((root / frame).stat().st_size for frame in catalog["frame"]) / 1000
+
+        def ours(source, then=None):
+            for images, _ in batches(source, order, "cpu"):
+                images = then(images) if then else images
+                images.sub_(0.5).div_(0.5)
+
+        def theirs(source):
+            for _ in torch.utils.data.DataLoader(source, batch_sampler=[rows.tolist() for rows in order]):
+                pass
+
+        def with_theirs(image, mask):
+            return torch.from_numpy(whole_list(image=image.permute(1, 2, 0).numpy())["image"]).permute(2, 0, 1), mask
+
+        def row_of(work, one, other, note, **about):
+            taken = dict(ours=[], theirs=[])
+            for turn in range(2 * settings.repeats):
+                for name, run in [("ours", one), ("theirs", other)][:: 1 if turn % 2 else -1]:
+                    begin = time.process_time()  # of one core; the files are in memory, so there is nothing to wait for
+                    run()
+                    taken[name].append(time.process_time() - begin)
+            taken = {name: values[1:] for name, values in taken.items()}  # without the first, the warm-up
+            found = row(work, taken["ours"], taken["theirs"], beside="OpenCV and albumentations, one at a time", times=True, **about)
+            return found | dict(note=f"{len(catalog) / found['ours_s']:.0f} / {len(catalog) / found['theirs_s']:.0f} images a second and core; {note}")
+
+        torch.set_num_threads(1), cv2.setNumThreads(1)
+        try:
+            whole_list, sizes = augmentation_of_deepfakebench(), {size: FrameDataset(catalog, size) for size in (256, 224)}
+            plain, small = read_as_deepfakebench(catalog, 256), read_as_deepfakebench(catalog, 224)
+            cut = read_as_deepfakebench(catalog, 256, A.Compose([A.RandomCrop(224, 224), A.HorizontalFlip(p=0.5)]))
+            agree("loading", next(iter(batches(sizes[256], order, "cpu")))[0] * 2 - 1, torch.stack([plain[row][0] for row in range(batch)]))
+            packed = pack_frames(catalog, 256, folder=Path(place) / "packed", progress=False)
+            agree("packed frames", packed.images, load_frames(catalog, 256).images, 0)
+            png = f"PNG of {file_kb:.0f} kB, no augmentation on either side"
+            cropped = "a random 224 px crop and a flip on both sides, ours by the batch"
+            cropping = partial(crop_and_flip, size=224)
+            yield row_of("frames of 256 px from PNG, a second", lambda: ours(sizes[256]), lambda: theirs(plain), png, at_least=1.5)
+            yield row_of("frames of 256 px from PNG to 224 px, a second", lambda: ours(sizes[224]), lambda: theirs(small), png + "; ours antialiased, theirs not")
+            yield row_of("frames of 256 px from PNG, cropped and flipped, a second", lambda: ours(sizes[256], cropping), lambda: theirs(cut), cropped)
+            yield row_of("frames of 256 px from PNG, DeepfakeBench's augmentation, a second", lambda: ours(FrameDataset(catalog, 256, augment=with_theirs)),
+                         lambda: theirs(read_as_deepfakebench(catalog, 256, whole_list)), "the same albumentations on both sides")
+            yield row_of("frames of 256 px from packed frames, a second", lambda: ours(packed), lambda: theirs(plain), "no augmentation; theirs from PNG", at_least=8)
+            yield row_of("frames of 256 px from packed frames, cropped and flipped, a second", lambda: ours(packed, cropping), lambda: theirs(cut), cropped + "; theirs from PNG")
+        finally:
+            torch.set_num_threads(threads), cv2.setNumThreads(cv2_threads)
+        few, many = (resident_of_an_epoch(catalog, root, Path(place), times) for times in (1, 8))
+        grown = 7 * len(catalog) * 3 * 256**2 / 2**20
+        yield dict(work="memory of packing and reading 8 x as many frames, what it grows", beside="what the packed file grows", ours_mb=many - few, theirs_mb=grown, ratio=(many - few) / grown,
+                   lowest=(many - few) / grown, highest=(many - few) / grown, ratio_is="ours / theirs", repeats=1, **goal((many - few) / grown, 0.10, None),
+                   note=f"from {few:.0f} to {many:.0f} MB, mapped pages of the file not counted; the file grows by {grown:.0f} MB")
+
+
+def resident_of_an_epoch(catalog, root, place, times):
+    """Most memory of its own, MB, that a process has while it packs the frames so many times over and reads them; it does it twice, the first time to warm up."""
+    catalog.to_parquet(place / "catalog.parquet")
+    code = (
+        "import re, sys; import pandas as pd, torch; from bcos_nb.data import pack_frames; torch.set_num_threads(1); most = 0\n"
+        "table = pd.concat([pd.read_parquet(sys.argv[1])] * int(sys.argv[4]), ignore_index=True)\n"
+        "for size in (255, 256):\n"
+        "    packed = pack_frames(table, size, root=sys.argv[2], folder=sys.argv[3], progress=False)\n"
+        "    for rows in torch.arange(len(packed)).split(32):\n"
+        "        packed.images[rows].float().mean()\n"
+        "        most = max(most, int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1]))\n"
+        "print(most / 1024)"
+    )
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    done = subprocess.run([sys.executable, "-c", code, str(place / "catalog.parquet"), str(root), str(place / "memory"), str(times)], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"The memory of reading could not be measured: {done.stderr.strip().splitlines()[-1]}")
+    return float(done.stdout)
+
+
 ROWS = dict(forward=rows_of_forward, steps=rows_of_steps, compiled=rows_of_compiled, memory=rows_of_memory, explanations=rows_of_explanations,
-            layers=rows_of_layers, games=rows_of_games, training=rows_of_training,
-            catalog=rows_of_catalog, forging=rows_of_forging)
+            layers=rows_of_layers, games=rows_of_games, training=rows_of_training, catalog=rows_of_catalog, loading=rows_of_loading, forging=rows_of_forging)
 COLUMNS = ("room work beside b precision ours_s theirs_s ratio lowest highest ratio_is target reached ours_mb theirs_mb repeats note "
            "arch side batch torch device cpu cores threads gpu python date disturbed").split()
 

@@ -6,7 +6,10 @@ _WHERE = {
     "forge_dataset": "forge", "METHODS": "forgeries", "TRACES": "forgeries",
     "read_catalog": "catalog", "METHOD_OF_LABEL": "catalog",
     "check_data": "check", "Findings": "check",
-    "FrameDataset": "frames", "Frames": "frames", "load_frames": "frames", "read_picture": "frames",
+    "FrameDataset": "frames", "Frames": "frames", "load_frames": "frames", "read_batches": "frames", "read_picture": "frames",
+    "pack_frames": "cache", "PackedFrames": "cache",
+    "Augmentation": "augment", "AUGMENTATIONS": "augment", "augment_batch": "augment", "make_augmentation": "augment",
+    "RepeatedSampler": "augment", "SeededFrames": "augment",
     "prepare_videos": "preprocess",
 }
 __all__ = list(_WHERE)
