@@ -18,12 +18,12 @@ import pandas as pd
 import PIL.Image
 import pytest
 import torch
-from torch import nn
 from torchvision.transforms import v2
 
 from bcos_nb.data import FrameDataset, Frames, PackedFrames, load_frames, pack_frames, read_batches
 from bcos_nb.data import cache as cache_module
-from bcos_nb.data.frames import Unreadable, as_float, opened
+from bcos_nb.data.catalog import opened_lmdb
+from bcos_nb.data.frames import Unreadable, as_float
 from bcos_nb.detection import score_frames
 from bcos_nb.games.grid import frame_batch
 from bcos_nb.models import create_detector
@@ -353,7 +353,7 @@ def test_what_an_lmdb_lacks_is_named(catalog):
         with pytest.raises(kind, match=part) as error:
             dataset[row]
         assert stored["frame"][row] in str(error.value)
-    with pytest.raises(FileNotFoundError, match="cannot be opened"):
+    with pytest.raises(FileNotFoundError, match="is not there"):
         FrameDataset(stored.pipe(lambda table: table.__finalize__(table)), SIDE, root=place.parent)[0]
     outside = stored.copy()
     outside.attrs = dict(stored.attrs, lmdb="../lmdb")
@@ -363,7 +363,7 @@ def test_what_an_lmdb_lacks_is_named(catalog):
 
 def test_without_the_package_the_error_says_what_to_install(whole, monkeypatch):
     monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(ImportError, match="pip install"), opened("somewhere"):
+    with pytest.raises(ImportError, match="pip install"), opened_lmdb("somewhere"):
         pass
 
 

@@ -69,7 +69,7 @@ def find_index(
     elif not any(root.iterdir()):
         state = f"{root} is empty"
     elif (root / ".forging.json").is_file() or (root / "forged" / f"{dataset}.started").is_file():
-        state = f"the forging of {dataset} in {root} has not ended"
+        state = f"the {dataset} in {root} is a miniature whose forging has not ended"
     else:
         state = f"found there: {', '.join(present)}" if present else "no dataset's JSON is there"
     raise FileNotFoundError(f"No {dataset}.json in {looked}; {state}. " + REMEDY.format(root=root))
@@ -360,13 +360,15 @@ def opened_lmdb(
 ) -> Iterator:          # lmdb.Environment, for reading
     """An LMDB while the block runs. A process may open each only once, so its readers share it, and the last one closes it.
 
-    ImportError says what to install; ValueError that the LMDB is damaged.
+    ImportError says what to install, FileNotFoundError that there is none, ValueError that it is damaged.
     """
     try:
         import lmdb
     except ImportError as error:
         raise ImportError(f"{place} is an LMDB, and reading it needs the package lmdb: pip install 'bcos_nb[lmdb]' (or pip install lmdb).") from error
     key = os.path.realpath(place)
+    if not os.path.exists(key):
+        raise FileNotFoundError(f"The LMDB {place} is not there. It was when the catalogue was read: copy it there again, or read the catalogue anew.")
     with OPENING:
         if key not in OPEN:
             try:
