@@ -426,7 +426,10 @@ def in_one_process(root, work="read_catalog(root)"):
     code = ("import os, resource, sys, time\nfrom bcos_nb.data import check_data, read_catalog\nimport bcos_nb.data.catalog, bcos_nb.data.check\nroot = sys.argv[1]\n"
             "if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})\n"
             f"begin, used = time.perf_counter(), time.process_time()\nrows = len({work})\n"
-            "print(rows, time.perf_counter() - begin, time.process_time() - used, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))")
+            "taken = time.perf_counter() - begin, time.process_time() - used\n"
+            "status = '/proc/self/status'  # of this program alone; getrusage counts what its parent had when it started it\n"
+            "own = [int(line.split()[1]) * 1024 for line in open(status) if line.startswith('VmHWM')] if os.path.exists(status) else []\n"
+            "print(rows, *taken, *own or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)])")
     done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True)
     rows, *measured_ = done.stdout.split()
     return int(rows), *map(float, measured_)

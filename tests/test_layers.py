@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bcos.modules.norms import BatchNormUncentered2d as ReferenceNorm
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from bcos_nb.layers import (
     AddInverse,
@@ -332,13 +334,11 @@ def test_a_traced_first_layer_uses_the_encoding_and_equals_the_layer_that_does_n
     seen, aten = [], torch.ops.aten.convolution.default
 
     def backend(graph, inputs):
-        from torch._dynamo.backends.common import aot_autograd
-
         def keep(graph, inputs):
             seen.extend(tuple(node.args[0].meta["val"].shape) for node in graph.graph.nodes if node.target is aten)
-            return graph
+            return make_boxed_func(graph.forward)
 
-        return aot_autograd(fw_compiler=keep, bw_compiler=lambda graph, inputs: graph)(graph, inputs)
+        return aot_autograd(fw_compiler=keep, bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward))(graph, inputs)
 
     torch.compiler.reset()
     compiled = torch.compile(nn.Sequential(AddInverse(), layer), backend=backend, fullgraph=True)

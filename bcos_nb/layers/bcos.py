@@ -501,7 +501,7 @@ class BcosConv2d(DynamicLinearModule, nn.Conv2d):
             filters = self.unit_weight()
         else:
             filters = FusedUnitNorm.apply(filters, 1)
-        images = complement_of(x) if self.fits(x) else None
+        images = complement_of(x) if torch.compiler.is_compiling() and self.fits(x) else None
         geometry = self.stride, self.padding, self.dilation
         response = self._conv_forward(x, filters.to(x.dtype), None) if images is None else convolve_complement(images, filters, *geometry)
         response = response if rate is None else response * rate.to(response.dtype)

@@ -66,7 +66,7 @@ class Detector(nn.Module):
     def logits_of(self, encoded: Tensor) -> Tensor:
         """Encoded images [N, 3 or 6, H, W] to logits [N, 2]. Raises ValueError for images smaller than `smallest`."""
         height, width = encoded.shape[-2:]
-        if min(height, width) < self.smallest:
+        if self.smallest > 1 and min(height, width) < self.smallest:
             raise ValueError(f"{self.arch} as built here takes images of at least {self.smallest} × {self.smallest} pixels, got {height} × {width}. "
                              "Enlarge them, or build it with another stem (see its options), or take a backbone that halves less often.")
         return self.logit_layer(self.head(self.features(encoded)))
