@@ -282,7 +282,6 @@ def test_a_folder_that_cannot_be_written_is_no_error(copy, monkeypatch):
     assert not list((copy / ".catalog").iterdir())
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root, to become somebody who may not write")
 # ---- size
 
 def test_listing_each_folder_once(copy, monkeypatch):
