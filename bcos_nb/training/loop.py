@@ -287,6 +287,7 @@ def fit(
     *,
     progress: bool = True,  # show a progress bar and a line an epoch
     on_progress: Callable[[str, float], None] | None = None,  # called with a text and the share that is done
+    on_epoch: Callable[[dict[str, float]], None] | None = None,  # called with an epoch's row of the history once its state is saved; an exception ends the training there
 ) -> pd.DataFrame:  # history: epoch, train_loss, grad_norm, val_loss, val_auc, lr, seconds
     """Trains, or goes on with, a detector; afterwards it holds the weights of the epoch with the best validation AUC.
 
@@ -306,14 +307,14 @@ def fit(
         raise RuntimeError(f"Another process is training in {run_dir}. Wait until it is done, or give this training "
                            "a folder of its own.") from error
     try:
-        return _fit(accelerator, detector, train, val, config, run_dir, progress, on_progress)
+        return _fit(accelerator, detector, train, val, config, run_dir, progress, on_progress, on_epoch)
     finally:
         if detector.b is not None:
             set_b(detector, detector.b)
         lock.release()
 
 
-def _fit(accelerator, detector, train, val, config, run_dir, progress, on_progress) -> pd.DataFrame:
+def _fit(accelerator, detector, train, val, config, run_dir, progress, on_progress, on_epoch) -> pd.DataFrame:
     weights = class_weights(labels_of(train), "none" if config.balance == "pairs" else config.balance)
     val_labels = labels_of(val)
     class_weights(val_labels)  # refuses a split of one class before an hour of training, not after
@@ -371,6 +372,8 @@ def _fit(accelerator, detector, train, val, config, run_dir, progress, on_progre
             skipped = int((~readable(train)).sum() + (~scored).sum())
             tqdm.write(f"epoch {epoch + 1}/{config.epochs}: loss {row['train_loss']:.3f}, validation AUC {row['val_auc']:.3f}, {row['seconds']:.0f} s"
                        + f", {skipped} unreadable frames left out" * bool(skipped))
+        if on_epoch:
+            on_epoch(row)
     bar.close()
     accelerator.wait_for_everyone()
     detector.load_state_dict(state["best"])
