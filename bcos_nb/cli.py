@@ -55,7 +55,7 @@ def explained(command: Callable) -> Callable:  # the same command
 
 def tell(text: str, style: str | None = None, error: bool = False) -> None:
     """One line, or one paragraph, to a person."""
-    Console(stderr=error, highlight=False, soft_wrap=True).print(text, style=style, markup=False)
+    Console(stderr=error, highlight=False, soft_wrap=True, force_jupyter=False).print(text, style=style, markup=False)
 
 # %% ../nbs/cli.ipynb #da7a0002
 MANY_PICTURES = 20_000  # decoding more than these takes minutes, so what paths tell is said before
@@ -96,7 +96,7 @@ def show_findings(found) -> None:
     from pandas import isna
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, force_jupyter=False)
     counts = found.counts.assign(where=[" ".join(part for part in parts if isinstance(part, str)) for parts in zip(found.counts["split"], found.counts["compression"])])
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("dataset", "", "videos", "frames", "masks", "missing", "unreadable", "short"):
