@@ -1,6 +1,7 @@
 """Loading frames: broken files, geometry, LMDB, and packed frames."""
 import argparse
 import errno
+import io
 import json
 import logging
 import os
@@ -9,17 +10,23 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
+import cv2
 import lmdb
 import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
 import torch
+from PIL import ImageCms
+from PIL.PngImagePlugin import PngInfo
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from typer.testing import CliRunner
 
@@ -27,7 +34,7 @@ from bcos_nb.cli import app
 from bcos_nb.data import FrameDataset, Frames, PackedFrames, forge_dataset, load_frames, open_frames, pack_frames, read_batches, read_catalog
 from bcos_nb.data import cache as cache_module
 from bcos_nb.data.catalog import opened_lmdb
-from bcos_nb.data.frames import Unreadable, as_float
+from bcos_nb.data.frames import Unreadable, as_float, decoded
 from bcos_nb.detection import score_frames
 from bcos_nb.games.grid import frame_batch
 from bcos_nb.models import create_detector
@@ -92,7 +99,7 @@ def spoil(catalog, row, how="cut", column="frame"):
     content = path.read_bytes()
     path.unlink()
     if how != "missing":
-        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "last byte": content[:-20], "text": b"404 not found"}[how])
+        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "last byte": content[:-20], "wrong byte": content[:-200] + bytes(9) + content[-191:], "text": b"404 not found"}[how])
     return path
 
 
@@ -103,6 +110,83 @@ def in_order(catalog, size=16):
 def tiny():
     torch.manual_seed(0)
     return create_detector("resnet10", b=2.0, width=0.25, stem="fine")
+
+
+# ---- pictures of every kind
+
+def interlaced_png(picture):
+    """A PNG in Adam7 order, by hand: no library at hand writes one."""
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    lines = b"".join(b"\0" + line.tobytes() for x, y, across, down in passes for line in picture[y::down, x::across] if line.size)
+    return png_of(picture.shape, lines, interlaced=1)
+
+
+def png_of(shape, lines, interlaced=0, packed=None):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", shape[1], shape[0], 8, 2, 0, 0, interlaced)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed or zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def encoded(image, **options):
+    file = io.BytesIO()
+    image.save(file, **({"format": "PNG"} | options))
+    return file.getvalue()
+
+
+def of_every_kind(side):
+    generator = np.random.default_rng(side)
+    picture = generator.integers(0, 256, (side, side + 5, 3), np.uint8)
+    image, alpha = PIL.Image.fromarray(picture), PIL.Image.fromarray(generator.integers(0, 256, picture.shape[:2], np.uint8))
+    grey, clear = image.convert("L"), image.copy()
+    clear.putalpha(alpha)
+    return {
+        "RGB": encoded(image), "grey": encoded(grey), "alpha": encoded(clear), "grey and alpha": encoded(clear.convert("LA")), "palette": encoded(image.quantize(20)),
+        "one bit": encoded(grey.convert("1")), "transparent colour": encoded(image, transparency=(1, 2, 3)), "transparent grey": encoded(grey, transparency=5),
+        "with text": encoded(image, pnginfo=described()), "gamma": encoded(image, icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
+        "interlaced": interlaced_png(picture), "OpenCV's": cv2.imencode(".png", picture[..., ::-1])[1].tobytes(), "JPEG": encoded(image, format="JPEG"),
+        "16 bits": cv2.imencode(".png", picture[..., 0].astype(np.uint16) * 257)[1].tobytes(),
+    }
+
+
+def described():
+    information = PngInfo()
+    information.add_text("camera", "none")
+    return information
+
+
+@pytest.mark.parametrize("side", [1, 3, 32, 61])
+@pytest.mark.parametrize("grey", [False, True])
+def test_every_kind_of_picture_is_as_torchvision_decodes_it(side, grey):
+    for kind, content in of_every_kind(side).items():
+        expected = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.GRAY if grey else ImageReadMode.RGB)
+        if kind == "16 bits":
+            with pytest.raises(RuntimeError, match="8 bits were expected"):
+                decoded(np.frombuffer(bytearray(content), np.uint8), grey)
+        else:
+            assert torch.equal(decoded(np.frombuffer(bytearray(content), np.uint8), grey), expected), kind
+
+
+@pytest.mark.parametrize("kind", ["RGB", "palette", "interlaced", "alpha", "OpenCV's"])
+def test_a_png_with_wrong_bytes_is_an_error_and_no_crash(kind):
+    """libpng as torchvision has it ends the process with a segmentation fault; were it asked, there would be no more tests."""
+    content, generator = of_every_kind(32)[kind], np.random.default_rng(1)
+    for turn in range(300):
+        spoilt, place = bytearray(content), int(generator.integers(8, len(content) - 12))
+        if turn % 3 == 0:
+            spoilt[place] ^= 1 << int(generator.integers(8))
+        elif turn % 3 == 1:
+            spoilt[place : place + 64] = generator.bytes(64)
+        else:
+            del spoilt[place:]
+        with pytest.raises(RuntimeError, match="not what was written|ends before its last chunk"):
+            decoded(np.frombuffer(spoilt, np.uint8), False)
+    lines = generator.integers(0, 5, (8, 25), np.uint8).tobytes()
+    unfit = zlib.compress(lines)[:-4] + bytes(4)  # another checksum inside a chunk that is whole
+    for wrong in (png_of((8, 8), lines, packed=unfit), b"", content[:8]):
+        with pytest.raises((RuntimeError, ValueError)):
+            decoded(np.frombuffer(bytearray(wrong), np.uint8), False)
 
 
 # ---- frames that cannot be read
@@ -123,7 +207,7 @@ def test_broken_frames_of_a_training_are_skipped_counted_and_named_once(catalog,
     assert len(named) == 3 and all(sum(str(path) in message for message in named) == 1 for path in paths.values())
 
 
-@pytest.mark.parametrize("how", ["cut", "empty", "last byte", "text", "missing"])
+@pytest.mark.parametrize("how", ["cut", "empty", "wrong byte", "last byte", "text", "missing"])
 def test_whatever_is_broken_is_found(catalog, how):
     path = spoil(catalog, 3, how)
     with pytest.raises((ValueError, FileNotFoundError), match=path.name):
