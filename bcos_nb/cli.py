@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'MANY_PICTURES', 'explained', 'tell', 'check', 'show_findings', 'forge', 'forge_here', 'took',
-           'read_jobs', 'report_failures', 'run', 'report', 'explore_folder', 'lab', 'prepare', 'report_is_current',
-           'demo', 'main']
+           'read_jobs', 'report_failures', 'run', 'report', 'explore_folder', 'lab', 'prepare', 'pack',
+           'report_is_current', 'demo', 'main']
 
 # %% ../nbs/cli.ipynb #6d468884
 import functools
@@ -55,7 +55,7 @@ def explained(command: Callable) -> Callable:  # the same command
 
 def tell(text: str, style: str | None = None, error: bool = False) -> None:
     """One line, or one paragraph, to a person."""
-    Console(stderr=error, highlight=False, soft_wrap=True).print(text, style=style, markup=False)
+    Console(stderr=error, highlight=False, soft_wrap=True, force_jupyter=False).print(text, style=style, markup=False)
 
 # %% ../nbs/cli.ipynb #da7a0002
 MANY_PICTURES = 20_000  # decoding more than these takes minutes, so what paths tell is said before
@@ -96,7 +96,7 @@ def show_findings(found) -> None:
     from pandas import isna
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, force_jupyter=False)
     counts = found.counts.assign(where=[" ".join(part for part in parts if isinstance(part, str)) for parts in zip(found.counts["split"], found.counts["compression"])])
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("dataset", "", "videos", "frames", "masks", "missing", "unreadable", "short"):
@@ -293,6 +293,41 @@ def prepare(
     notes += [f"left out: {folder}" for folder in table.attrs["left_out"]]
     tell("".join(f"{note[0].upper()}{note[1:]}. " for note in notes) + f"Every video is in {root / REPORT}. Next: bcos-nb data check {root}")
     raise typer.Exit(0 if len(ready) == len(table) else 3)
+
+# %% ../nbs/cli.ipynb #7d20a902
+@data_app.command()
+@explained
+def pack(
+    root: Annotated[Path, typer.Argument(help="Folder that holds dataset_json/ and rgb/ or lmdb/.")],
+    dataset: Annotated[str, typer.Option(help="Name of the dataset.")] = "FaceForensics++",
+    size: Annotated[int, typer.Option(help="Side of the images in pixels, as the training has it.", min=1)] = 256,
+    split: Annotated[list[str], typer.Option(help="train, val or test; may be repeated.")] = ["train", "val", "test"],
+    compression: Annotated[Optional[str], typer.Option(help="c23, c40 or raw. Default: the only one there is, or c23.", show_default=False)] = None,
+    frames: Annotated[int, typer.Option(help="Frames of a video at most, as the training has it.", min=1)] = 32,
+    masks: Annotated[bool, typer.Option("--masks", help="Pack the forgery masks too.")] = False,
+    folder: Annotated[Optional[Path], typer.Option(help="Where packed frames are kept. Default: ROOT/.cache/frames.", show_default=False)] = None,
+    skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="Leave out and name frames that cannot be read; above 1 % it stops.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every byte of what is there, not only samples.")] = False,
+):
+    """Decode a dataset once into files that trainings map into memory."""
+    import warnings
+
+    from bcos_nb.data import FrameDataset, pack_frames, read_catalog
+    from bcos_nb.data.cache import packed_place
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*selecting on the test set")  # packing selects nothing
+        catalogs = [read_catalog(root, dataset, name, compression, frames_per_video=frames) for name in split]  # what is wrong is said before an hour's work
+    for name, catalog in zip(split, catalogs):
+        begin = time.monotonic()
+        place, _ = packed_place(FrameDataset(catalog, size, with_mask=masks), folder)
+        before = place.stat().st_ino if place.is_dir() else None
+        packed = pack_frames(catalog, size, with_mask=masks, folder=folder, skip_unreadable=skip_unreadable, verify=verify)
+        left_out = len(catalog) - len(packed)
+        gigabytes = sum(file.stat().st_size for file in place.iterdir()) / 1e9
+        what = f"{len(packed):,} frames of {size} px" + " with masks" * masks + f", {left_out} unreadable ones left out" * bool(left_out)
+        done = "current" if place.stat().st_ino == before else f"packed ({took(begin)})"
+        tell(f"{name}: {done}: {what}, {gigabytes:.3g} GB in {place}", "green" if done != "current" else None)
 
 # %% ../nbs/cli.ipynb #1e638e5b
 def report_is_current(

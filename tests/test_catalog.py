@@ -95,6 +95,45 @@ def test_every_dataset_of_the_table(tmp_path, dataset):
             assert len(numbers) == len(TABLE[dataset][0])
 
 
+NAMES = [  # dataset, real and fake label, real videos of train and test with their folders, fakes of train and the real video of each
+    ("Celeb-DF-v2", "CelebDFv2_real", "CelebDFv2_fake", {"id0_0000": "Celeb-real", "00170": "YouTube-real"}, {"id1_0003": "Celeb-real"}, "Celeb-synthesis",
+     {"id0_id1_0000": "id0_0000", "id1_id0_0003": "id1_0003", "id0_id1_0003": None, "id10_id1_0000": None, "id0_0000": None}),
+    ("Celeb-DF-v1", "CelebDFv1_real", "CelebDFv1_fake", {"id0_0000": "real"}, {"id1_0000": "real"}, "fake", {"id0_id1_0000": "id0_0000", "id1_id0_0000": "id1_0000"}),
+    ("UADFV", "UADFV_Real", "UADFV_Fake", {"0000": "real", "0001": "real"}, {"0002": "real"}, "fake", {"0000_fake": "0000", "0002_fake": "0002", "0003_fake": None, "0001": None}),
+    ("DFDCP", "DFDCP_Real", "DFDCP_FakeB", {"7_A_000": "original_videos"}, {"7_A_001": "original_videos"}, "method_B", {"7_A_000_9": "7_A_000", "7_A_002_9": None, "7_A_001": None}),
+    ("DFDC", "DFDC_Real", "DFDC_Fake", {"0000": "real", "id0_0000": "real"}, {"1": "real"}, "fake", {"0000_fake": None, "id0_id1_0000": None}),
+]
+
+
+@pytest.mark.parametrize("dataset, real, fake, train, test, folder, fakes", NAMES)
+def test_links_only_where_the_name_is_sure(tmp_path, dataset, real, fake, train, test, folder, fakes):
+    """The real video may be of another split, its frame must be there, and a name that two folders have links nothing."""
+    def video(label, place, name, numbers=(0, 7)):
+        for number in numbers:
+            path = tmp_path / "rgb" / dataset / place / "frames" / name / f"{number:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return {"label": label, "frames": [f"{dataset}\\{place}\\frames\\{name}\\{number:03d}.png" for number in numbers]}
+
+    index = {real: {"train": {name: video(real, place, name, (0,)) for name, place in train.items()}, "test": {name: video(real, place, name) for name, place in test.items()}},
+             fake: {"train": {name: video(fake, folder, name) for name in fakes}, "test": {}}}
+    (tmp_path / "dataset_json").mkdir()
+    path = tmp_path / "dataset_json" / f"{dataset}.json"
+
+    def links():
+        path.write_text(json.dumps({dataset: index}))
+        rows = read_catalog(tmp_path, dataset, "train").query("label == 1")
+        return {tuple(Path(row.frame).parts[-2:]): row.source_frame if isinstance(row.source_frame, str) else None for row in rows.itertuples()}
+
+    place_of = {(name, number): f"rgb/{dataset}/{place}/frames/{name}/{number:03d}.png" for split, numbers in ((train, (0,)), (test, (0, 7)))
+                for name, place in split.items() for number in numbers}
+    expected = {(name, f"{number:03d}.png"): place_of.get((source, number)) for name, source in fakes.items() for number in (0, 7)}
+    assert links() == expected
+    for name in {source for source in fakes.values() if source}:
+        index[real]["test"][f"{name} again"] = video(real, "elsewhere", name)
+    assert set(links().values()) == {None}
+
+
 # ---- DeepfakeBench's own way of reading, from the description of its form
 
 LABEL_DICT = {label: value for labels, _ in TABLE.values() for label, value in labels.items()}

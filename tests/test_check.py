@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from bcos_nb import cli
 from bcos_nb.data import check_data, forge_dataset
-from test_catalog import FACES, TABLE, pack, synthetic
+from test_catalog import FACES, TABLE, copy, pack, synthetic  # copy is a fixture: of this module's mini
 
 TINY = dict(identities=6, frames_per_video=3, size=48, methods=("Deepfakes", "NeuralTextures"), compressions=("c23", "c40"), progress=False)
 FAKES, REALS = f"rgb/{FACES}/manipulated_sequences/Deepfakes", f"rgb/{FACES}/original_sequences/youtube"
@@ -20,11 +20,6 @@ FAKES, REALS = f"rgb/{FACES}/manipulated_sequences/Deepfakes", f"rgb/{FACES}/ori
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory):
     return forge_dataset(tmp_path_factory.mktemp("data") / "mini", workers=0, **TINY)
-
-
-@pytest.fixture
-def copy(mini, tmp_path):
-    return Path(shutil.copytree(mini, tmp_path / "copy", ignore=shutil.ignore_patterns(".catalog")))
 
 
 def edit(root, change, name="FF-DF"):
@@ -80,6 +75,12 @@ def test_nothing_is_found_in_the_other_datasets(tmp_path, dataset):
 
 # ---- one fault each. `plant` spoils a clean folder; `expected` is all that may be found, in FF-DF.
 
+def wrong_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
 def truncated(path):
     path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
 
@@ -126,6 +127,7 @@ PLANTED = {
     "folder empty": (lambda root: [f.unlink() for f in (root / FAKES / "c40/frames" / train_video(root)).iterdir()], [("error", "folder empty", "train", "c40", 1)], True),
     "videos folder empty": (plant_empty_videos_folder, [("notice", "videos folder empty", None, "c23", 1)], True),
     "frame truncated": (lambda root: truncated(root / FAKES / "c23/frames" / train_video(root) / "001.png"), [("error", "frames unreadable", "train", "c23", 1)], False),
+    "frame with a wrong byte": (lambda root: wrong_byte(root / REALS / "c23/frames" / train_video(root, "FF-real") / "001.png"), [("error", "frames unreadable", "train", "c23", 1)], False),
     "frame of 0 bytes": (lambda root: (root / REALS / "c23/frames" / train_video(root, "FF-real") / "001.png").write_bytes(b""), [("error", "frames unreadable", "train", "c23", 1)], False),
     "mask truncated": (lambda root: truncated(root / FAKES / "c23/masks" / train_video(root) / "001.png"), [("error", "masks unreadable", "train", "c23", 1)], False),
     "mask black": (lambda root: grey(root / FAKES / "c23/masks" / train_video(root) / "001.png", 0), [("warning", "masks empty", "train", "c23", 1)], False),

@@ -20,7 +20,8 @@ from bcos_nb.cli import app
 from bcos_nb.data import forge_dataset, read_catalog
 from bcos_nb.data.counterparts import COUNTERPARTS, contact_row
 from bcos_nb.data.faces import make_scene, record
-from bcos_nb.data.forge import IDENTITIES, PRESETS, encode_h264, make_recipe
+from bcos_nb.data.forge import IDENTITIES, PRESETS, encode_h264, make_recipe, split_pairs
+from bcos_nb.training.loop import pair_up
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(identities=6, frames_per_video=2, size=64, progress=False)
@@ -88,24 +89,30 @@ def test_the_catalogue_reads_every_dataset(everything, dataset):
         assert len(people["train"] | people["val"] | people["test"]) == 6
 
 
-def test_names_say_what_a_fake_was_made_from(everything):
-    """FaceForensics++ and FaceShifter through the catalogue; the others by their own rules. Nobody is given his own face."""
-    for dataset in ("FaceForensics++", "FaceShifter"):
-        fakes = catalog_of(everything, dataset, "train", "c23").query("label == 1")
-        for row in fakes.itertuples():
-            target, source = re.fullmatch(r".*/(\d{3})_(\d{3})", row.video).groups()
-            assert row.source_frame == f"rgb/FaceForensics++/original_sequences/youtube/c23/frames/{target}/{Path(row.frame).name}" and target != source
-    rules = {
-        "DeepFakeDetection": (r"(\d\d)_(\d\d)__([a-z_]+)__[A-Z0-9]{8}", r"\1__\3"), "UADFV": (r"(\d{4})_fake", r"\1"),
-        "Celeb-DF-v2": (r"(id\d+)_(id\d+)_(\d{4})", r"\1_\3"), "DFDCP": (r"(\d+_A_000)_\d+", r"\1"),
-    }
-    for dataset, (pattern, real) in rules.items():
-        catalog = catalog_of(everything, dataset)
-        reals = set(catalog[catalog["label"] == 0]["video"])
-        for video in catalog[catalog["label"] == 1]["video"].unique():
-            found = re.fullmatch(pattern, video.rsplit("/", 1)[1])
-            assert found and f"real/{found.expand(real)}" in reals, video
-            assert dataset not in ("DeepFakeDetection", "Celeb-DF-v2") or found[1] != found[2]
+@pytest.mark.parametrize("dataset", FORM)
+def test_every_fake_is_linked_to_what_it_was_made_from(everything, dataset):
+    """The recipe's pairs are the truth; the links are read from names. Nobody is given his own face, and nobody sat for a StyleGAN image."""
+    form, found = COUNTERPARTS[dataset], {}
+    for split in SPLITS:
+        for compression in ("raw", "c23") if form.levels else (None,):
+            catalog = catalog_of(everything, dataset, split, compression)
+            for row in catalog.itertuples():
+                found[row.frame] = row.source_frame if isinstance(row.source_frame, str) else None
+            if dataset != "df-tp-ffhq":
+                pairs = pair_up(catalog)
+                assert sorted(pairs[:, 0].tolist()) == catalog.index[catalog["label"] == 1].tolist()
+                assert (catalog["source_frame"].to_numpy()[pairs[:, 0]] == catalog["frame"].to_numpy()[pairs[:, 1]]).all()
+    truth = {}
+    for members in split_pairs(TINY["identities"], 0, dataset).values():
+        for target, source in [(a, b) for a, b in members] + [(b, a) for a, b in members]:
+            assert dataset != "DeepFakeDetection" or form.seeds(0, target)[0] != form.seeds(0, source)[0]
+            for level in ("/raw", "/c23") if form.levels else ("",):
+                for number in range(1 if form.single else TINY["frames_per_video"]):
+                    real = f"rgb/{form.real[1]}{level}/frames/{form.real_name(target)}/{number:03d}.png"
+                    truth[real] = None
+                    truth |= {f"rgb/{base}{level}/frames/{form.fake_name(method, target, source)}/{number:03d}.png": None if form.single else real
+                              for method, (_, base) in form.fakes.items()}
+    assert found == truth
 
 
 def test_nobody_sat_for_a_stylegan_image(everything):

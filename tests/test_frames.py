@@ -1,29 +1,40 @@
 """Loading frames: broken files, geometry, LMDB, and packed frames."""
+import argparse
 import errno
+import io
 import json
 import logging
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
+import cv2
 import lmdb
 import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
 import torch
+from PIL import ImageCms
+from PIL.PngImagePlugin import PngInfo
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
+from typer.testing import CliRunner
 
-from bcos_nb.data import FrameDataset, Frames, PackedFrames, load_frames, pack_frames, read_batches
+from bcos_nb.cli import app
+from bcos_nb.data import FrameDataset, Frames, PackedFrames, forge_dataset, load_frames, open_frames, pack_frames, read_batches, read_catalog
 from bcos_nb.data import cache as cache_module
 from bcos_nb.data.catalog import opened_lmdb
-from bcos_nb.data.frames import Unreadable, as_float
+from bcos_nb.data.frames import Unreadable, as_float, decoded
 from bcos_nb.detection import score_frames
 from bcos_nb.games.grid import frame_batch
 from bcos_nb.models import create_detector
@@ -88,7 +99,7 @@ def spoil(catalog, row, how="cut", column="frame"):
     content = path.read_bytes()
     path.unlink()
     if how != "missing":
-        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "last byte": content[:-20], "text": b"404 not found"}[how])
+        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "last byte": content[:-20], "wrong byte": content[:-200] + bytes(9) + content[-191:], "text": b"404 not found"}[how])
     return path
 
 
@@ -99,6 +110,83 @@ def in_order(catalog, size=16):
 def tiny():
     torch.manual_seed(0)
     return create_detector("resnet10", b=2.0, width=0.25, stem="fine")
+
+
+# ---- pictures of every kind
+
+def interlaced_png(picture):
+    """A PNG in Adam7 order, by hand: no library at hand writes one."""
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    lines = b"".join(b"\0" + line.tobytes() for x, y, across, down in passes for line in picture[y::down, x::across] if line.size)
+    return png_of(picture.shape, lines, interlaced=1)
+
+
+def png_of(shape, lines, interlaced=0, packed=None):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", shape[1], shape[0], 8, 2, 0, 0, interlaced)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed or zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def encoded(image, **options):
+    file = io.BytesIO()
+    image.save(file, **({"format": "PNG"} | options))
+    return file.getvalue()
+
+
+def of_every_kind(side):
+    generator = np.random.default_rng(side)
+    picture = generator.integers(0, 256, (side, side + 5, 3), np.uint8)
+    image, alpha = PIL.Image.fromarray(picture), PIL.Image.fromarray(generator.integers(0, 256, picture.shape[:2], np.uint8))
+    grey, clear = image.convert("L"), image.copy()
+    clear.putalpha(alpha)
+    return {
+        "RGB": encoded(image), "grey": encoded(grey), "alpha": encoded(clear), "grey and alpha": encoded(clear.convert("LA")), "palette": encoded(image.quantize(20)),
+        "one bit": encoded(grey.convert("1")), "transparent colour": encoded(image, transparency=(1, 2, 3)), "transparent grey": encoded(grey, transparency=5),
+        "with text": encoded(image, pnginfo=described()), "gamma": encoded(image, icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
+        "interlaced": interlaced_png(picture), "OpenCV's": cv2.imencode(".png", picture[..., ::-1])[1].tobytes(), "JPEG": encoded(image, format="JPEG"),
+        "16 bits": cv2.imencode(".png", picture[..., 0].astype(np.uint16) * 257)[1].tobytes(),
+    }
+
+
+def described():
+    information = PngInfo()
+    information.add_text("camera", "none")
+    return information
+
+
+@pytest.mark.parametrize("side", [1, 3, 32, 61])
+@pytest.mark.parametrize("grey", [False, True])
+def test_every_kind_of_picture_is_as_torchvision_decodes_it(side, grey):
+    for kind, content in of_every_kind(side).items():
+        expected = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.GRAY if grey else ImageReadMode.RGB)
+        if kind == "16 bits":
+            with pytest.raises(RuntimeError, match="8 bits were expected"):
+                decoded(np.frombuffer(bytearray(content), np.uint8), grey)
+        else:
+            assert torch.equal(decoded(np.frombuffer(bytearray(content), np.uint8), grey), expected), kind
+
+
+@pytest.mark.parametrize("kind", ["RGB", "palette", "interlaced", "alpha", "OpenCV's"])
+def test_a_png_with_wrong_bytes_is_an_error_and_no_crash(kind):
+    """libpng as torchvision has it ends the process with a segmentation fault; were it asked, there would be no more tests."""
+    content, generator = of_every_kind(32)[kind], np.random.default_rng(1)
+    for turn in range(300):
+        spoilt, place = bytearray(content), int(generator.integers(8, len(content) - 12))
+        if turn % 3 == 0:
+            spoilt[place] ^= 1 << int(generator.integers(8))
+        elif turn % 3 == 1:
+            spoilt[place : place + 64] = generator.bytes(64)
+        else:
+            del spoilt[place:]
+        with pytest.raises(RuntimeError, match="not what was written|ends before its last chunk"):
+            decoded(np.frombuffer(spoilt, np.uint8), False)
+    lines = generator.integers(0, 5, (8, 25), np.uint8).tobytes()
+    unfit = zlib.compress(lines)[:-4] + bytes(4)  # another checksum inside a chunk that is whole
+    for wrong in (png_of((8, 8), lines, packed=unfit), b"", content[:8]):
+        with pytest.raises((RuntimeError, ValueError)):
+            decoded(np.frombuffer(bytearray(wrong), np.uint8), False)
 
 
 # ---- frames that cannot be read
@@ -119,7 +207,7 @@ def test_broken_frames_of_a_training_are_skipped_counted_and_named_once(catalog,
     assert len(named) == 3 and all(sum(str(path) in message for message in named) == 1 for path in paths.values())
 
 
-@pytest.mark.parametrize("how", ["cut", "empty", "last byte", "text", "missing"])
+@pytest.mark.parametrize("how", ["cut", "empty", "wrong byte", "last byte", "text", "missing"])
 def test_whatever_is_broken_is_found(catalog, how):
     path = spoil(catalog, 3, how)
     with pytest.raises((ValueError, FileNotFoundError), match=path.name):
@@ -384,14 +472,76 @@ def test_packed_frames_are_the_loaded_ones_bit_for_bit(whole, tmp_path, size, wi
     assert type(packed.to("cpu")) is Frames and packed.damaged() == []
 
 
-def test_training_and_scoring_from_packed_frames_are_those_from_memory(whole, tmp_path):
-    config, weights = FitConfig(epochs=1, batch_size=16, crop=24), []
-    for name, frames in dict(packed=pack_frames(whole, SIDE, folder=tmp_path / "packed frames", progress=False), loaded=load_frames(whole, SIDE)).items():
-        detector = tiny()
-        fit(detector, frames, frames, config, tmp_path / name, progress=False)
-        weights.append((tmp_path / name / "detector.safetensors").read_bytes())
-        weights.append(predict_logits(detector, frames).numpy().tobytes())
-    assert weights[:2] == weights[2:]
+def test_training_and_scoring_are_the_same_in_every_form(whole, tmp_path):
+    config, weights, history = FitConfig(epochs=1, batch_size=16, crop=24), {}, {}
+    for how in ("memory", "packed", "files"):
+        frames, detector = open_frames(whole, SIDE, how=how, folder=tmp_path / "packed frames"), tiny()
+        history[how] = fit(detector, frames, frames, config, tmp_path / how, progress=False).drop(columns="seconds")
+        weights[how] = (tmp_path / how / "detector.safetensors").read_bytes(), predict_logits(detector, frames).numpy().tobytes()
+    assert weights["memory"] == weights["packed"] == weights["files"]
+    assert history["memory"].equals(history["packed"]) and history["memory"].equals(history["files"])
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_the_form_follows_from_what_is_free(catalog, tmp_path, monkeypatch, caplog, with_mask):
+    needed = len(catalog) * (3 + with_mask) * SIDE**2
+    memory, disk = 4 * needed, 2 * needed
+    monkeypatch.setattr(cache_module, "free_memory", lambda: memory)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(0, 0, disk))
+
+    def form(**options):
+        return type(open_frames(catalog, SIDE, with_mask=with_mask, folder=tmp_path / "there" / "packed", **options))
+
+    assert form() is Frames and not (tmp_path / "there").exists()
+    memory, disk = memory - 4, disk - 2
+    assert form() is FrameDataset and not (tmp_path / "there").exists() and "decoded anew" in caplog.text and "how=\"packed\"" in caplog.text
+    assert form(how="memory") is Frames and form(how="files") is FrameDataset
+    disk += 2
+    assert form() is PackedFrames
+    memory, disk = 1 << 40, 0
+    assert form() is PackedFrames  # is there already
+    with pytest.raises(ValueError, match="how='disk': expected one of auto, memory, packed, files"):
+        form(how="disk")
+
+
+def test_a_disk_that_cannot_be_written_is_no_obstacle_unless_asked_for(catalog, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cache_module, "free_memory", lambda: 0)
+    real = Path.mkdir
+
+    def refuse(path, *arguments, **options):
+        if path == tmp_path / "packed":
+            raise PermissionError(13, "Permission denied", str(path))
+        real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert type(open_frames(catalog, SIDE, folder=tmp_path / "packed")) is FrameDataset and "cannot be written" in caplog.text
+    with pytest.raises(PermissionError, match="folder="):
+        open_frames(catalog, SIDE, how="packed", folder=tmp_path / "packed")
+    monkeypatch.undo()
+    spoil(catalog, 3)
+    monkeypatch.setattr(cache_module, "free_memory", lambda: 0)
+    with pytest.raises(ValueError, match="cannot be decoded"):  # a broken frame is not a full disk
+        open_frames(catalog, SIDE, folder=tmp_path / "packed")
+    os.unlink(Path(catalog.attrs["root"]) / catalog["frame"][3])
+    with pytest.raises(FileNotFoundError, match="is not there"):
+        open_frames(catalog, SIDE, folder=tmp_path / "packed")
+    assert len(open_frames(catalog, SIDE, folder=tmp_path / "packed", skip_unreadable=True)) == len(catalog) - 1
+
+
+@pytest.mark.parametrize("limits, free", [
+    ({"": "max", "job": "5000", "job/step": "max"}, 4300), ({"": "9000", "job": "max", "job/step": "2000"}, 1300), ({"": "max", "job": "max", "job/step": "max"}, 10_000), (None, 10_000)])
+def test_memory_that_a_control_group_grants(tmp_path, monkeypatch, limits, free):
+    """Of nested groups the tightest counts; pages of files that it holds are as good as free."""
+    group = tmp_path / "cgroup"
+    for name, limit in (limits or {}).items():
+        (group / name).mkdir(parents=True, exist_ok=True)
+        for file, content in (("max", limit), ("current", "1000"), ("stat", "anon 600\ninactive_file 300")):
+            (group / name / f"memory.{file}").write_text(content + "\n")
+    own = tmp_path / "own"
+    own.write_text("1:name=systemd:/x\n0::/job/step\n") if limits else None
+    monkeypatch.setattr(cache_module, "Path", lambda place: {"/sys/fs/cgroup": group, "/proc/self/cgroup": own}[place])
+    monkeypatch.setattr(cache_module.psutil, "virtual_memory", lambda: argparse.Namespace(available=10_000))
+    assert cache_module.free_memory() == free
 
 
 def built(packed):
@@ -588,3 +738,24 @@ def test_memory_does_not_grow_with_the_number_of_frames(whole, tmp_path):
     assert done.returncode == 0, done.stderr
     (few_mb, few), (many_mb, many) = json.loads(done.stdout.splitlines()[-1])
     assert many_mb - few_mb > 60 and many - few < 25, (few_mb, few, many_mb, many)
+
+
+def test_the_command_packs_once_and_says_so(tmp_path):
+    """What the command packs is what `open_frames` finds; a mistake is told before anything is packed."""
+    root = forge_dataset(tmp_path / "mini", dataset="DFDCP", identities=6, frames_per_video=3, size=48, workers=0, progress=False)
+    arguments = ["data", "pack", str(root), "--dataset", "DFDCP", "--size", "32"]
+    first, second = (CliRunner().invoke(app, arguments) for _ in range(2))
+    assert first.exit_code == second.exit_code == 0, first.output + second.output
+    assert re.findall(r"(\w+): (packed|current)", first.output) == [(split, "packed") for split in ("train", "val", "test")]
+    assert re.findall(r"(\w+): (packed|current): ([\d,]+) frames", second.output) == [("train", "current", "36"), ("val", "current", "18"), ("test", "current", "18")]
+    catalog = read_catalog(root, "DFDCP", "train")
+    assert isinstance(open_frames(catalog, 32), PackedFrames) and torch.equal(open_frames(catalog, 32).images, load_frames(catalog, 32).images)
+    assert isinstance(open_frames(catalog, 48), Frames) and not isinstance(open_frames(catalog, 48), PackedFrames)
+    wrong = CliRunner().invoke(app, [*arguments[:-1], "24", "--split", "train", "--split", "tst"])
+    assert wrong.exit_code == 1 and "split='tst'" in wrong.output and len(list((root / ".cache/frames").iterdir())) == 3 + 3  # with their locks
+    spoiled = Path(root) / catalog["frame"][0]
+    spoiled.write_bytes(spoiled.read_bytes()[:50])
+    broken = CliRunner().invoke(app, [*arguments, "--split", "train"])
+    assert broken.exit_code == 1 and "cannot be decoded" in broken.output and catalog["frame"][0] in broken.output
+    skipped = CliRunner().invoke(app, [*arguments, "--split", "train", "--skip-unreadable"])
+    assert skipped.exit_code == 0 and "35 frames of 32 px, 1 unreadable ones left out" in skipped.output

@@ -22,9 +22,9 @@ from bcos_nb.models import load_detector
 from bcos_nb.training import predict_logits
 
 
-def ordinary_detector(preset):
+def ordinary_detector(preset, root):
     """The demo's ordinary detector: where its run has put it, trained if need be."""
-    jobs = [job for job in preset_jobs(preset, ROOT / "runs" / "demo") if job.run_dir.parent.name == "train" and "ordinary" in job.run_dir.name]
+    jobs = [job for job in preset_jobs(preset, ROOT / "runs" / "demo", root) if job.run_dir.parent.name == "train" and "ordinary" in job.run_dir.name]
     done = run_jobs(jobs[:1])
     if (done["status"] == "failed").any():
         sys.exit(f"The training failed: {done['error'].iloc[0]}")
@@ -56,7 +56,7 @@ if __name__ == "__main__":
     os.chdir(ROOT)
     root = chosen.root or preset["data"]["root"]
     forge_dataset(root, dataset="all", **preset["data"]["forge"] | dict(identities=None, frames_per_video=None))
-    detector = load_detector(chosen.detector or ordinary_detector(preset)).eval()
+    detector = load_detector(chosen.detector or ordinary_detector(preset, root)).eval()
     rows = [row_of(detector, root, name, preset["data"]["image_size"], preset["data"]["frames_per_video"]) for name in COUNTERPARTS]
     table = pd.DataFrame(rows)
     write(table, "transfer")

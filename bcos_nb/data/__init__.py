@@ -7,7 +7,7 @@ _WHERE = {
     "read_catalog": "catalog", "METHOD_OF_LABEL": "catalog",
     "check_data": "check", "Findings": "check",
     "FrameDataset": "frames", "Frames": "frames", "load_frames": "frames", "read_batches": "frames", "read_picture": "frames",
-    "pack_frames": "cache", "PackedFrames": "cache",
+    "pack_frames": "cache", "PackedFrames": "cache", "open_frames": "cache",
     "Augmentation": "augment", "AUGMENTATIONS": "augment", "augment_batch": "augment", "make_augmentation": "augment",
     "RepeatedSampler": "augment", "SeededFrames": "augment",
     "prepare_videos": "preprocess",

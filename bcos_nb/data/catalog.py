@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['METHOD_OF_LABEL', 'COMPRESSED', 'COMPRESSIONS', 'SPLITS', 'COLUMNS', 'REMEDY', 'ANCHORS', 'INDEX_COLUMNS', 'CACHE',
-           'CACHE_FORM', 'STYLES', 'OPEN', 'OPENING', 'FORMS', 'TEXT', 'find_index', 'read_index', 'parse_index',
-           'normalise_path', 'normalise_folder', 'frame_number', 'sample_evenly', 'Codes', 'levels_of', 'split_path',
-           'one_folder', 'video_runs', 'index_rows', 'as_table', 'digest', 'cache_place', 'read_cache', 'write_cache',
-           'index_table', 'Files', 'find', 'find_lmdb', 'opened_lmdb', 'close_inherited', 'Keys', 'mask_folders',
-           'source_folder', 'Located', 'codes_of', 'of_words', 'locate', 'locate_in_form', 'read_catalog',
-           'select_rows', 'video_keys', 'warn_if_repeated', 'refused_paths', 'refuse_faults', 'video_name',
-           'video_numbers', 'evenly_sampled', 'complain', 'text_of', 'joined', 'as_catalog']
+           'CACHE_FORM', 'STYLES', 'OPEN', 'OPENING', 'NAMED_AFTER', 'FORMS', 'TEXT', 'find_index', 'read_index',
+           'parse_index', 'normalise_path', 'normalise_folder', 'frame_number', 'sample_evenly', 'Codes', 'levels_of',
+           'split_path', 'one_folder', 'video_runs', 'index_rows', 'as_table', 'codes_of', 'of_words', 'digest',
+           'cache_place', 'read_cache', 'write_cache', 'index_table', 'Files', 'find', 'find_lmdb', 'opened_lmdb',
+           'close_inherited', 'Keys', 'mask_folders', 'real_folders', 'video_in', 'source_folder', 'Located', 'locate',
+           'locate_in_form', 'read_catalog', 'select_rows', 'video_keys', 'warn_if_repeated', 'refused_paths',
+           'refuse_faults', 'video_name', 'video_numbers', 'evenly_sampled', 'complain', 'text_of', 'joined',
+           'as_catalog']
 
 # %% ../../nbs/data/catalog.ipynb #b540aafb
 import hashlib
@@ -21,12 +22,13 @@ import sys
 import threading
 import warnings
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from secrets import token_hex
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -236,6 +238,20 @@ def as_table(rows: dict[str, np.ndarray], codes: dict[str, Codes], video: np.nda
         columns[column] = pa.DictionaryArray.from_arrays(numbers, pa.array(list(codes[column]), pa.string()), mask=numbers < 0)
     return pa.table(columns)
 
+
+def codes_of(rows: pd.DataFrame, column: str) -> np.ndarray:
+    """A column's numbers; -1 is no value."""
+    return rows[column].cat.codes.to_numpy()
+
+
+def of_words(rows: pd.DataFrame, column: str, function, none) -> np.ndarray:
+    """`function` of every word of a column as an array that its numbers index; `none` for no value, which is last."""
+    words = rows[column].cat.categories
+    out = np.empty(len(words) + 1, dtype=object)
+    out[:-1] = list(map(function, words))
+    out[-1] = none
+    return out
+
 # %% ../../nbs/data/catalog.ipynb #94619a91
 CACHE, CACHE_FORM = ".catalog", 1  # folder below the root; number of the form that the table has
 
@@ -434,12 +450,48 @@ def mask_folders(
     for other in COMPRESSIONS:
         yield from (re.sub(r"/(c23|c40|raw)/", f"/{other}/", folder, count=1) for folder in own)
 
+# %% ../../nbs/data/catalog.ipynb #5e0c7a12
+# Names of fake videos by label, and what they say of the real one's. DFDCP's is the real one's with another person's number after it.
+NAMED_AFTER = {
+    "DFD_fake": (r"(\d+)_\d+__(.+)__[A-Za-z0-9]+", r"\1__\2"),
+    "CelebDFv1_fake": (r"(id\d+)_id\d+_(\d+)", r"\1_\2"), "CelebDFv2_fake": (r"(id\d+)_id\d+_(\d+)", r"\1_\2"),
+    "DFDCP_FakeA": (r"(\d+_[A-Z]_\d+)_\d+", r"\1"), "DFDCP_FakeB": (r"(\d+_[A-Z]_\d+)_\d+", r"\1"),
+    "UADFV_Fake": (r"(\d+)_fake", r"\1"),
+}
 
-@lru_cache(maxsize=4096)
-def source_folder(folder: str) -> str | None:
-    """Folder of the real video that a folder of fake frames was made from; None where the name says nothing."""
+
+def real_folders(
+    index: pd.DataFrame,       # an index table, of all splits
+    compression: str | None,   # as select_rows gives it
+) -> dict[str, str]:           # name of the video: folder of its frames, as normalise_folder writes it
+    """Where the real videos are. Those whose name belongs to several folders are left out."""
+    rows = index[of_words(index, "label", lambda label: METHOD_OF_LABEL.get(label) == "real", False).astype(bool)[codes_of(index, "label")]]
+    rows = rows[rows["compression"] == compression] if compression else rows
+    found: dict[str, set] = {}
+    for code in np.unique(codes_of(rows, "folder")):
+        folder, problem = normalise_folder(rows["folder"].cat.categories[code]) if code >= 0 else ("", "none")
+        if problem is None:
+            found.setdefault(video_in(folder), set()).add(folder)
+    return {name: folders.pop() for name, folders in found.items() if len(folders) == 1}
+
+
+def video_in(folder: str) -> str:
+    """Name of the video whose frames a folder holds, which is the folder's own."""
+    return folder.rstrip("/").rsplit("/", 1)[-1]
+
+
+def source_folder(
+    folder: str,            # of a fake's frames, as normalise_folder writes it
+    label: str | None = None,           # of the fake
+    reals: Mapping[str, str] = MappingProxyType({}),  # folders of the real videos by name
+) -> str | None:
+    """Folder of the real video that a folder of fake frames was made from; None where the name does not tell, or tells of none that is there."""
     found = re.search(r"^(.*)manipulated_sequences/(?!DeepFakeDetection/)[^/]+/(c23|c40|raw)/frames/(\d+)_\d+/$", folder)
-    return f"{found[1]}original_sequences/youtube/{found[2]}/frames/{found[3]}/" if found else None
+    if found:
+        return f"{found[1]}original_sequences/youtube/{found[2]}/frames/{found[3]}/"
+    pattern, real = NAMED_AFTER.get(label, (None, None))
+    found = re.fullmatch(pattern, video_in(folder)) if pattern else None
+    return reals.get(found.expand(real)) if found else None
 
 # %% ../../nbs/data/catalog.ipynb #9daf8899
 FORMS = ("auto", "folder", "lmdb")
@@ -454,29 +506,17 @@ class Located:
     source: np.ndarray  # int32 [rows]; of fakes only
 
 
-def codes_of(rows: pd.DataFrame, column: str) -> np.ndarray:
-    """A column's numbers; -1 is no value."""
-    return rows[column].cat.codes.to_numpy()
-
-
-def of_words(rows: pd.DataFrame, column: str, function, none) -> np.ndarray:
-    """`function` of every word of a column as an array that its numbers index; `none` for no value, which is last."""
-    words = rows[column].cat.categories
-    out = np.empty(len(words) + 1, dtype=object)
-    out[:-1] = list(map(function, words))
-    out[-1] = none
-    return out
-
-
 def locate(
     rows: pd.DataFrame,   # an index table without refused paths and without rows that have no frame
     store: "Files | Keys",
     progress: bool = False,
+    reals: Mapping[str, str] = MappingProxyType({}),  # folders of the real videos by name, as real_folders gives them
 ) -> Located:
     """Find frames, masks and source frames; every folder of the table is looked at once."""
     clean = of_words(rows, "folder", lambda folder: normalise_folder(folder)[0], "")
     clean_mask = of_words(rows, "mask_folder", lambda folder: normalise_folder(folder)[0], None)
     fake = of_words(rows, "label", lambda label: METHOD_OF_LABEL.get(label) != "real", False).astype(bool)[codes_of(rows, "label")]
+    labels = of_words(rows, "label", str, None)[codes_of(rows, "label")]
     words, name_codes = np.asarray(rows["name"].cat.categories, dtype=object), codes_of(rows, "name")
     folder, mask_folder = codes_of(rows, "folder"), codes_of(rows, "mask_folder")
     out = Located(store, *(np.full(len(rows), -1, np.int32) for _ in range(3)))
@@ -487,24 +527,24 @@ def locate(
         out.frame[first:last] = find(store, names, [here])
         if fake[first]:
             out.mask[first:last] = find(store, names, mask_folders(here, clean_mask[mask_folder[first]]))
-            source = source_folder(here)
+            source = source_folder(here, labels[first], reals)
             if source:
                 out.source[first:last] = find(store, names, [source])
     return out
 
 
-def locate_in_form(rows: pd.DataFrame, root: Path, dataset: str, form: str, progress: bool = False) -> Located:
+def locate_in_form(rows: pd.DataFrame, root: Path, dataset: str, form: str, progress: bool = False, reals: Mapping[str, str] = MappingProxyType({})) -> Located:
     """The same in folders or in the dataset's LMDB. "auto" takes folders unless frames are missing there that an LMDB has."""
     if form not in FORMS:
         raise ValueError(f"form={form!r}: expected one of {', '.join(FORMS)}.")
     place = find_lmdb(root, dataset) if form != "folder" else None
     if form == "lmdb" and place is None:
         raise FileNotFoundError(f"There is no LMDB of {dataset} in {root}: neither lmdb/{dataset}_lmdb nor {dataset}_lmdb. Copy it there, or read the frames' files with form=\"folder\".")
-    in_folders = locate(rows, Files(root), progress) if form != "lmdb" else None
+    in_folders = locate(rows, Files(root), progress, reals) if form != "lmdb" else None
     if place is None or in_folders is not None and (in_folders.frame >= 0).all():
         return in_folders
     with opened_lmdb(place) as environment:
-        in_lmdb = locate(rows, Keys(environment, place.relative_to(root).as_posix(), rows["folder"].cat.categories), progress)
+        in_lmdb = locate(rows, Keys(environment, place.relative_to(root).as_posix(), rows["folder"].cat.categories), progress, reals)
     return in_folders if in_folders is not None and (in_folders.frame >= 0).sum() > (in_lmdb.frame >= 0).sum() else in_lmdb
 
 # %% ../../nbs/data/catalog.ipynb #99ae92a8
@@ -538,12 +578,13 @@ def read_catalog(
     rows, compression = select_rows(index, dataset, split, compression, path)
     if split == "val":
         warn_if_repeated(index, rows, dataset, compression, path)
+    reals = real_folders(index, compression) if NAMED_AFTER.keys() & set(rows["label"].unique()) else {}
     del index
     refuse_faults(rows, path)
     rows = rows[evenly_sampled(rows, frames_per_video)]
     if not len(rows):
         raise FileNotFoundError(f"{path} lists no frames for split {split!r}" + (f" at compression {compression!r}" if compression else "") + ". " + REMEDY.format(root=root))
-    located = locate_in_form(rows, root, dataset, form)
+    located = locate_in_form(rows, root, dataset, form, reals=reals)
     complain(rows, located, root, path)
     catalog = as_catalog(rows, located)
     catalog.attrs.update(root=str(root), dataset=dataset, split=split, compression=compression)

@@ -241,19 +241,17 @@ PORTION = 64  # pictures that a thread takes at a time
 
 def look(paths: Sequence[str], root: Path, grey: bool, environment=None) -> np.ndarray:
     """Decode pictures: height, width and whether any pixel is not black, int32 [n, 3]; height 0 if it can't be decoded."""
-    import torch
-    from torchvision.io import ImageReadMode, decode_image
+    from bcos_nb.data.frames import decoded
 
     out = np.zeros((len(paths), 3), np.int32)
     with environment.begin() if environment else nullcontext() as transaction:
         for k, path in enumerate(paths):
             try:
-                source = torch.frombuffer(bytearray(transaction.get(path.encode())), dtype=torch.uint8) if transaction else os.path.join(root, path)
-                picture = decode_image(source, mode=ImageReadMode.GRAY if grey else ImageReadMode.RGB)
-            except (RuntimeError, TypeError, ValueError):  # damaged; or gone, or empty, since it was listed
+                content = np.frombuffer(bytearray(transaction.get(path.encode())), np.uint8) if transaction else np.fromfile(os.path.join(root, path), np.uint8)
+                picture = decoded(content, grey)
+            except (RuntimeError, TypeError, ValueError, OSError):  # damaged; or gone, or empty, since it was listed
                 continue
-            if picture.dtype == torch.uint8:
-                out[k] = *picture.shape[1:], bool(picture.any()) if grey else 1
+            out[k] = *picture.shape[1:], bool(picture.any()) if grey else 1
     return out
 
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FORGE_VERSION', 'COUNTERPART_VERSION', 'DATASET', 'CRF', 'STAMP', 'STARTED', 'LOCK', 'DONE', 'PRESETS', 'IDENTITIES',
            'Recipe', 'check_recipe', 'make_recipe', 'split_pairs', 'person_seed', 'likeness', 'encode_h264', 'encoded',
-           'write_video', 'forge_pair', 'serve_pairs', 'run_pairs', 'last_line', 'marks_of', 'mark_done', 'write_index',
-           'write_json', 'forge_dataset', 'forge_one', 'forge_pairs', 'found_complete', 'differing', 'present_reals',
-           'available_cores']
+           'write_video', 'forge_pair', 'serve_pairs', 'serve', 'run_workers', 'run_pairs', 'marks_of', 'mark_done',
+           'write_index', 'write_json', 'forge_dataset', 'forge_one', 'forge_pairs', 'found_complete', 'differing',
+           'present_reals', 'available_cores']
 
 # %% ../../nbs/data/forge.ipynb #1d7ed6b2
 import json
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -249,59 +249,69 @@ def forge_pair(
 
 
 def serve_pairs() -> None:
-    """A worker process: reads one JSON job a line, answers a line per video and an empty line at the end of a job."""
+    """A worker process: forges pairs, named by JSON jobs."""
+    def work(job):
+        recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["recipe"].items()})
+        return forge_pair(Path(job["root"]), recipe, tuple(job["pair"]), job["present"])
+
+    serve(work)
+
+
+# %% ../../nbs/data/forge.ipynb #43059f04
+def serve(
+    work: Callable[[dict], Iterable],  # does one job, and yields after each part of it
+) -> None:
+    """A worker process: reads one JSON job a line, answers a line per part and an empty line at the end of a job."""
     answer = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:
-        job = json.loads(line)
-        recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["recipe"].items()})
-        for name in forge_pair(Path(job["root"]), recipe, tuple(job["pair"]), job["present"]):
-            answer.write(name + "\n")
+        for _ in work(json.loads(line)):
+            answer.write("done\n")
         answer.write("\n")
 
-# %% ../../nbs/data/forge.ipynb #43059f05
-def run_pairs(root: Path, recipe: Recipe, pairs: list[tuple[int, int]], workers: int, advance, present: Sequence[str] = ()) -> None:
-    """Forge pairs in `workers` subprocesses (0: in this one), calling `advance()` after each video."""
-    if workers == 0 or not pairs:
-        threads = cv2.getNumThreads()
-        try:
-            for pair in pairs:
-                for _ in forge_pair(root, recipe, pair, present):
-                    advance()
-                mark_done(marks_of(root, recipe.dataset)[2], pair)
-        finally:
-            cv2.setNumThreads(threads)
-        return
+
+def run_workers(
+    command: str,            # Python that calls `serve`
+    jobs: Sequence[tuple],   # what is done, for a message; and the job, as JSON can hold it
+    workers: int,            # processes
+    advance: Callable[[], None],       # called after each part, by several threads
+    finished: Callable[[int], None] = lambda job: None,  # called with a job's number when it is done, by several threads
+) -> None:
+    """Do jobs in processes of their own, each with one thread. RuntimeError with a worker's last words if one stops; an interrupt ends them all."""
     package = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])}
     environment.update({name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")})
-    jobs, problems, processes = queue.SimpleQueue(), [], []
-    for pair in pairs:
-        jobs.put(pair)
+    waiting, problems = queue.SimpleQueue(), []
+    for number in range(len(jobs)):
+        waiting.put(number)
 
-    def attend(process):
-        with process:
+    def attend(process, errors):
+        with process, errors:
             while not problems:
                 try:
-                    pair = jobs.get_nowait()
+                    number = waiting.get_nowait()
                 except queue.Empty:
                     break
                 try:
-                    process.stdin.write(json.dumps({"root": str(root), "recipe": asdict(recipe), "pair": pair, "present": list(present)}) + "\n")
+                    process.stdin.write(json.dumps(jobs[number][1]) + "\n")
                     process.stdin.flush()
                     while (line := process.stdout.readline()).strip():
                         advance()
                 except OSError:
                     line = ""
                 if not line:
-                    problems.append(f"A worker stopped while forging videos {pair[0]:03d} and {pair[1]:03d}: {last_line(process)}")
+                    process.kill()
+                    process.wait()
+                    errors.seek(0)
+                    said = (errors.read().strip().splitlines() or ["it gave no reason, so it may have run out of memory"])[-1]
+                    problems.append(f"A worker stopped while {jobs[number][0]}: {said}")
                     return
-                mark_done(marks_of(root, recipe.dataset)[2], pair)
+                finished(number)
             process.stdin.close()
 
-    command = [sys.executable, "-c", "from bcos_nb.data.forge import serve_pairs; serve_pairs()"]
-    for _ in range(min(workers, len(pairs))):
-        processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment))
-    attendants = [threading.Thread(target=attend, args=(process,), daemon=True) for process in processes]
+    # Errors go to files: a decoder that complains of every frame would fill a pipe and stand still.
+    errors = [tempfile.TemporaryFile("w+") for _ in range(min(workers, len(jobs)))]
+    processes = [subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment) for said in errors]
+    attendants = [threading.Thread(target=attend, args=pair, daemon=True) for pair in zip(processes, errors)]
     try:
         for thread in attendants:
             thread.start()
@@ -316,14 +326,23 @@ def run_pairs(root: Path, recipe: Recipe, pairs: list[tuple[int, int]], workers:
             thread.join(5)
         raise
     if problems:
-        raise RuntimeError(problems[0] + " Call forge_dataset again: finished videos are kept.")
+        raise RuntimeError(f"{problems[0].rstrip('.')}. Start again to go on: finished videos are kept.")
 
-
-def last_line(process) -> str:
-    """The last line of a stopped process's error output."""
-    process.kill()
-    lines = process.stderr.read().strip().splitlines()
-    return lines[-1] if lines else f"no message, exit code {process.wait()}."
+# %% ../../nbs/data/forge.ipynb #43059f05
+def run_pairs(root: Path, recipe: Recipe, pairs: list[tuple[int, int]], workers: int, advance, present: Sequence[str] = ()) -> None:
+    """Forge pairs in `workers` subprocesses (0: in this one), calling `advance()` after each video."""
+    if workers == 0 or not pairs:
+        threads = cv2.getNumThreads()
+        try:
+            for pair in pairs:
+                for _ in forge_pair(root, recipe, pair, present):
+                    advance()
+                mark_done(marks_of(root, recipe.dataset)[2], pair)
+        finally:
+            cv2.setNumThreads(threads)
+        return
+    jobs = [(f"forging videos {pair[0]:03d} and {pair[1]:03d}", {"root": str(root), "recipe": asdict(recipe), "pair": pair, "present": list(present)}) for pair in pairs]
+    run_workers("from bcos_nb.data.forge import serve_pairs; serve_pairs()", jobs, workers, advance, lambda number: mark_done(marks_of(root, recipe.dataset)[2], pairs[number]))
 
 
 def marks_of(root: Path, dataset: str) -> tuple[Path, Path, Path]:

@@ -17,12 +17,8 @@ import hashlib
 import importlib
 import json
 import os
-import queue
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +35,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from .catalog import COMPRESSIONS, METHOD_OF_LABEL, SPLITS, sample_evenly
-from .forge import available_cores, write_json
+from .forge import available_cores, run_workers, serve, write_json
 
 # %% ../../nbs/data/preprocess.ipynb #e0cb0a4d
 class VideoProblem(Exception):
@@ -697,18 +693,18 @@ def common_length(members: Sequence[RawVideo]) -> int:
 
 
 def serve_families() -> None:
-    """A worker process: reads one JSON job a line, answers a line per video and an empty line at the end of a job."""
+    """A worker process: prepares families, named by JSON jobs."""
     cv2.setNumThreads(1)
-    answer, parent, detectors = os.fdopen(os.dup(1), "w", buffering=1), os.getppid(), {}
-    for line in sys.stdin:
-        job = json.loads(line)
+    parent, detectors = os.getppid(), {}
+
+    def work(job):
         asked = Preparation(**job["asked"])
         if not detectors:
             detectors[asked] = face_detector(asked.detector, asked.model)
         members = [RawVideo(**{**member, "datasets": tuple(member["datasets"])}) for member in job["members"]]
-        for mark in prepare_family(Path(job["root"]), asked, members, detectors[asked], lambda: os.getppid() == parent):
-            answer.write(json.dumps({"key": mark["key"]}) + "\n")
-        answer.write("\n")
+        return prepare_family(Path(job["root"]), asked, members, detectors[asked], lambda: os.getppid() == parent)
+
+    serve(work)
 
 # %% ../../nbs/data/preprocess.ipynb #74bfc42d
 def run_families(root: Path, asked: Preparation, families: list[list[RawVideo]], jobs: int, advance: Callable[[], None], detect: FaceDetector) -> None:
@@ -718,54 +714,9 @@ def run_families(root: Path, asked: Preparation, families: list[list[RawVideo]],
             for _ in prepare_family(root, asked, members, detect):
                 advance()
         return
-    package = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])}
-    environment.update({name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")})
-    waiting, problems = queue.SimpleQueue(), []
-    for members in families:
-        waiting.put(members)
-
-    def attend(process, errors):
-        with process, errors:
-            while not problems:
-                try:
-                    members = waiting.get_nowait()
-                except queue.Empty:
-                    break
-                try:
-                    process.stdin.write(json.dumps({"root": str(root), "asked": asdict(asked), "members": [asdict(raw) for raw in members]}) + "\n")
-                    process.stdin.flush()
-                    while (line := process.stdout.readline()).strip():
-                        advance()
-                except OSError:
-                    line = ""
-                if not line:
-                    process.kill()
-                    process.wait()
-                    errors.seek(0)
-                    said = (errors.read().strip().splitlines() or ["it gave no reason, so it may have run out of memory"])[-1]
-                    problems.append(f"A worker stopped while preparing {Path(members[0].file).name} and what was made from it: {said}")
-                    return
-            process.stdin.close()
-
-    command = [sys.executable, "-c", "from bcos_nb.data.preprocess import serve_families; serve_families()"]
-    # Errors go to files: a decoder that complains of every frame would fill a pipe and stand still.
-    errors = [tempfile.TemporaryFile("w+") for _ in range(min(jobs, len(families)))]
-    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment) for said in errors]
-    attendants = [threading.Thread(target=attend, args=pair, daemon=True) for pair in zip(processes, errors)]
-    try:
-        for thread in attendants:
-            thread.start()
-        for thread in attendants:
-            while thread.is_alive():
-                thread.join(0.2)
-    except BaseException:
-        problems.append("interrupted")
-        for process in processes:
-            process.kill()
-        raise
-    if problems:
-        raise RuntimeError(f"{problems[0].rstrip('.')}. Start again to go on: finished videos are kept.")
+    waiting = [(f"preparing {Path(members[0].file).name} and what was made from it", {"root": str(root), "asked": asdict(asked), "members": [asdict(raw) for raw in members]})
+               for members in families]
+    run_workers("from bcos_nb.data.preprocess import serve_families; serve_families()", waiting, jobs, advance)
 
 # %% ../../nbs/data/preprocess.ipynb #426212e6
 def write_indices(root: Path, marks: list[dict], pairs: dict) -> list[str]:
