@@ -597,7 +597,7 @@ def fit(
     progress: bool = True,  # show a progress bar and a line an epoch
     on_progress: Callable[[str, float], None] | None = None,  # called with a text and the share that is done
     on_epoch: Callable[[dict[str, float]], None] | None = None,  # called with an epoch's row of the history once its state is saved; an exception ends the training there
-) -> pd.DataFrame:  # history: epoch, train_loss, grad_norm, val_loss, val_auc, lr, seconds, and what guidance, selection and skipping add
+) -> pd.DataFrame:  # history: epoch, train_loss, grad_norm, val_loss, val_auc, lr, seconds, and what guidance, selection and skipping add; attrs["best_epoch"]
     """Trains, or goes on with, a detector; afterwards it holds the weights of the best epoch on the validation split.
 
     Raises RuntimeError if another process is training in `run_dir`, the loss stops being a number or memory runs out, OSError if
@@ -645,7 +645,7 @@ def train_all(run: Training, progress: bool, on_progress: Callable | None, on_ep
         row |= validate(run) | dict(lr=run.rate((epoch + 1) * length - 1), seconds=time.perf_counter() - start)
         state["history"].append(row)
         if final and selection_score(row, config.select) > state["best_score"]:
-            state["best_score"] = selection_score(row, config.select)
+            state["best_score"], state["best_epoch"] = selection_score(row, config.select), epoch + 1
             state["best"] = {name: value.detach().cpu().clone() for name, value in run.kept.state_dict().items()}
         run.save(epoch + 1, 0)
         state.update(epoch=epoch + 1, batch=0)
@@ -666,6 +666,7 @@ def finish(run: Training) -> pd.DataFrame:  # the history
     run.detector.load_state_dict(run.progress["best"])
     run.detector.eval()
     history = pd.DataFrame(run.progress["history"])
+    history.attrs["best_epoch"] = run.progress.get("best_epoch", int(history.loc[history["val_auc"].idxmax(), "epoch"]))
     if run.accelerator.is_main_process:
         with saving_explained(run.run_dir, run.saved()):
             write_atomically(run.run_dir / "history.parquet", lambda path: history.to_parquet(path))
