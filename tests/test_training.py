@@ -331,7 +331,7 @@ def test_counts_below_one_are_refused(settings):
 
 
 def test_unknown_settings_are_listed_with_the_known_ones():
-    with pytest.raises(ValueError, match="no setting learning_rate.*epochs, batch_size, lr"):
+    with pytest.raises(ValueError, match="no setting learning_rate.*epochs, batch_size, loss.*lr, schedule"):
         make_config(learning_rate=1, lr=0.1)
     assert make_config(lr=0.1, betas=[0.8, 0.9]) == FitConfig(lr=0.1, betas=(0.8, 0.9))
 

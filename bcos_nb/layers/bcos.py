@@ -14,6 +14,7 @@ __all__ = ['SMALLEST_NORM', 'Pair', 'DynamicLinearModule', 'check_b', 'in_full_p
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 # %% ../../nbs/layers/bcos.ipynb #358bb645
@@ -21,11 +22,17 @@ class DynamicLinearModule(nn.Module):
     """A layer that can be frozen to the linear map it computes (Böhle et al. 2022, section 3.2)."""
 
     is_explaining = False  # set by `explanation_mode`
+    keeps_graph = False  # set by `explanation_mode(..., keep_graph=True)`
     constants = None  # a list while `explanation_mode(..., constants=...)` collects additive constants
 
     def dynamic(self, x: Tensor) -> Tensor:
-        """`x` as part of the dynamic weight: without gradient in explanation mode, unchanged otherwise."""
-        return x.detach() if self.is_explaining else x
+        """`x` as part of the dynamic weight: a constant in explanation mode, unchanged otherwise.
+
+        With `keeps_graph` it is constant along a direction (forward-mode derivative) only and keeps its gradient with respect to parameters.
+        """
+        if not self.is_explaining:
+            return x
+        return forward_ad.unpack_dual(x).primal if self.keeps_graph else x.detach()
 
     def add_constant(
         self,
@@ -507,7 +514,7 @@ class BcosConv2d(DynamicLinearModule, nn.Conv2d):
         response = response if rate is None else response * rate.to(response.dtype)
         if self.b == 1:
             return max_out_units(response, self.max_out, 1)
-        norm = self.patch_norm(x)
+        norm = self.patch_norm(self.dynamic(x))
         if norms is not None:
             norm = norm * norm_of_winner(response, norms, self.max_out, 1)
         if self.is_explaining or self.max_out > 2 or torch.compiler.is_compiling():
@@ -516,7 +523,7 @@ class BcosConv2d(DynamicLinearModule, nn.Conv2d):
 
     def transform(self, x: Tensor) -> Tensor:
         """The B-cos transform of x, without bias."""
-        if not self.is_simple(x) or self.is_explaining and self.weight.requires_grad and torch.is_grad_enabled():
+        if not self.is_simple(x) or self.is_explaining and (self.keeps_graph or self.weight.requires_grad and torch.is_grad_enabled()):
             return self.composed(x)
         filters = self.filters() if self.max_out == 1 else FusedUnitNorm.apply(self.filters(), 2)
         arguments = x, filters, self.b, self.max_out, self.unit_norm, complement_of(x), self.stride, self.padding, self.dilation
@@ -571,7 +578,7 @@ class BcosLinear(DynamicLinearModule, nn.Linear):
         response = F.linear(x, weight.to(x.dtype))
         if self.b == 1:
             return max_out_units(response, self.max_out, -1)
-        norm = torch.linalg.vector_norm(in_full_precision(x), dim=-1, keepdim=True) + 1e-12
+        norm = torch.linalg.vector_norm(in_full_precision(self.dynamic(x)), dim=-1, keepdim=True) + 1e-12
         if not self.unit_norm:
             norm = norm * norm_of_winner(response, weight_norms(weight), self.max_out, -1)
         if composed:

@@ -20,6 +20,7 @@ from .bcos import DynamicLinearModule
 def explanation_mode(
     detector: nn.Module,  # a network with B-cos layers
     constants: list[Tensor] | None = None,  # if given, the additive constants of every layer are appended to it, per sample
+    keep_graph: bool = False,  # for forward-mode derivatives: W(x) is constant along a direction, and keeps its gradient with respect to parameters
 ) -> Iterator[nn.Module]:  # the detector
     """Inside, the network is the linear map W(x) that it computes. Nests; on the way out, also by an error, all is as before.
 
@@ -30,14 +31,14 @@ def explanation_mode(
     if not layers or getattr(detector, "is_bcos", True) is False:
         raise ValueError(f"{type(detector).__name__} has no B-cos layers, so it is no dynamic linear map. "
                          "Build it with create_detector(arch, b=2), or explain it with a CAM method.")
-    before = [(layer.is_explaining, layer.constants) for layer in layers]
+    before = [(layer.is_explaining, layer.constants, layer.keeps_graph) for layer in layers]
     try:
         for layer in layers:
-            layer.is_explaining, layer.constants = True, constants
+            layer.is_explaining, layer.constants, layer.keeps_graph = True, constants, keep_graph
         yield detector
     finally:
         for layer, state in zip(layers, before):
-            layer.is_explaining, layer.constants = state
+            layer.is_explaining, layer.constants, layer.keeps_graph = state
 
 
 @contextmanager

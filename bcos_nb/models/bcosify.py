@@ -57,8 +57,9 @@ class GatedActivation(DynamicLinearModule):
         out = self.activation(x)
         if not self.is_explaining:
             return out
-        x_, out_ = x.detach(), out.detach()
-        return x * torch.where(x_ == 0, torch.zeros_like(x_), out_ / x_)
+        x_, out_ = self.dynamic(x), self.dynamic(out)
+        safe = torch.where(x_ == 0, torch.ones_like(x_), x_)  # a quotient of 0 by 0 would have no gradient, even where it is not used
+        return x * torch.where(x_ == 0, torch.zeros_like(x_), out_ / safe)
 
 
 class AddedConstant(DynamicLinearModule):
