@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'logger', 'LOST', 'STATES', 'read_space', 'search_space', 'space_table', 'draw_combination', 'SearchConfig',
-           'trial_settings', 'storage_url', 'exclusive', 'open_storage', 'open_search', 'load_search', 'config_of',
-           'by_combination', 'is_open', 'take_trial', 'signs_of_life', 'reached', 'run_trial', 'TrialTraining',
-           'run_search', 'left_to_do', 'finished', 'run_workers', 'run_worker', 'search_table', 'importance_table',
-           'best_preset', 'write_best']
+           'trial_settings', 'storage_url', 'exclusive', 'quietly', 'open_storage', 'open_search', 'load_search',
+           'config_of', 'by_combination', 'is_open', 'take_trial', 'signs_of_life', 'reached', 'run_trial',
+           'TrialTraining', 'run_search', 'left_to_do', 'finished', 'run_workers', 'run_worker', 'search_table',
+           'importance_table', 'best_preset', 'write_best']
 
 # %% ../../nbs/training/search.ipynb #e09bcc72
 import functools
@@ -191,6 +191,17 @@ def exclusive(
             connection.execute(sqlalchemy.text("SELECT pg_advisory_unlock(:key)"), {"key": LOCK})
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Inside, Optuna says what is wrong, and no more."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
 def open_storage(
     url: sqlalchemy.URL,   # as `storage_url` gives it
     heartbeat: int = 30,   # seconds between two signs of life of a running trial
@@ -214,7 +225,7 @@ def open_search(
 ) -> optuna.Study:
     """The Optuna study of a search, made where there is none. Raises ValueError if it was begun with other settings."""
     url, name, budget = storage_url(storage), name or config.name, read_space()["budget"]
-    with exclusive(url):
+    with exclusive(url), quietly():
         study = optuna.create_study(
             storage=open_storage(url, heartbeat, grace), study_name=name, direction="maximize", load_if_exists=True,
             sampler=optuna.samplers.RandomSampler(seed=config.seed),
@@ -560,7 +571,8 @@ def importance_table(
     if len(scored) < 4 or scored["auc"].nunique() < 2:
         raise ValueError(f"{study.study_name} has {len(scored)} combinations with an AUC, {scored['auc'].nunique()} of them different. "
                          "Importances need at least 4 that are not all the same; run more trials.")
-    same = optuna.create_study(direction="maximize", storage=optuna.storages.InMemoryStorage())  # Optuna counts complete trials only
+    with quietly():
+        same = optuna.create_study(direction="maximize")  # Optuna counts complete trials only
     same.add_trials([optuna.trial.create_trial(params={name: row[name] for name in space}, distributions=space, value=row["auc"])
                      for row in scored.to_dict("records")])
     found = optuna.importance.get_param_importances(same, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=seed))
