@@ -1,15 +1,16 @@
 """Hyperparameter search: the study's space, Hyperband, and that no trial is lost or trained twice, whoever is killed on the way."""
 import math
 import os
+import pwd
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import textwrap
+import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
-import yaml
+import sqlalchemy
 from optuna.trial import TrialState
 from scipy.stats import kstest
 
@@ -25,7 +26,7 @@ from bcos_nb.batch.presets import detector_rows, load_preset
 from bcos_nb.data import forge_dataset
 from bcos_nb.models import create_detector
 from bcos_nb.training.search import (
-    SearchConfig, best_preset, by_combination, config_of, draw_combination, importance_table, load_search, open_search, run_search, search_space,
+    SearchConfig, best_preset, by_combination, draw_combination, importance_table, load_search, open_search, run_search, search_space,
     search_table, storage_url, trial_settings, write_best,
 )
 
@@ -98,12 +99,12 @@ def test_draws_are_uniform_on_their_scale_and_repeat_themselves():
 
 
 def test_hyperband_ends_the_worse_at_epoch_two_and_nothing_at_the_last(tmp_path):
-    study = quiet(replace(TINY, trials=40, epochs=20), tmp_path)
+    study = quiet(replace(TINY, trials=24, epochs=9), tmp_path)
     table = search_table(study)
     assert isinstance(study.pruner, optuna.pruners.HyperbandPruner) and isinstance(study.sampler, optuna.samplers.RandomSampler)
-    assert set(table.loc[table["state"] == "pruned", "epochs"]) <= {2, 6, 18} and (table.loc[table["state"] == "complete", "epochs"] == 20).all()
+    assert set(table.loc[table["state"] == "pruned", "epochs"]) <= {2, 6} and (table.loc[table["state"] == "complete", "epochs"] == 9).all()
     pruned, complete = table[table["state"] == "pruned"], table[table["state"] == "complete"]
-    assert len(pruned) > 10 and len(pruned) + len(complete) == 40
+    assert len(pruned) > 5 and len(pruned) + len(complete) == 24
     assert table.loc[table["lr"].idxmax(), "state"] == "complete" and pruned["lr"].median() < complete["lr"].median()
 
 
@@ -165,7 +166,7 @@ def test_an_error_that_is_not_the_combinations_fault_ends_the_worker(tmp_path):
 
 
 def test_importance_finds_the_parameter_that_decides(tmp_path):
-    study = quiet(replace(TINY, trials=60), tmp_path)
+    study = quiet(replace(TINY, trials=30, epochs=2), tmp_path)
     table = importance_table(study)
     assert table.index[0] == "lr" and table["importance"].iloc[0] > 0.8 and table.equals(importance_table(study))
     with pytest.raises(ValueError, match="at least 4"):
@@ -181,7 +182,139 @@ def test_the_best_trial_is_a_preset(tmp_path):
     assert (row["arch"], row["b"], row["width"]) == ("resnet10", 1.25, 0.125)
     assert row["arch_options"] == {"variant": "study", "norm": best["norm"], "norm_bias": best["norm_bias"]}
     assert preset["training"]["lr"] == best["lr"] == table["lr"][table["state"] == "complete"].max()
-    assert yaml.safe_load((tmp_path / "mine.yaml").read_text())["name"] == "mine" or preset["name"] == f"{study.study_name}-best"
+    assert preset["name"] == f"{study.study_name}-best"
     assert best_preset(study, 0)["training"]["lr"] == table["lr"][0]
     with pytest.raises(ValueError, match="no complete trial"):
         write_best(open_search(TINY, tmp_path / "empty.db"), tmp_path / "none.yaml")
+
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from bcos_nb.training.search import SearchConfig, run_search
+
+
+def train(config, values, folder, report):
+    folder.mkdir(parents=True, exist_ok=True)
+    done = len(list(folder.glob("epoch-*")))  # of a worker that was killed, as the state that `fit` keeps
+    with open(folder / "ran", "a") as log:
+        print("begin", os.getpid(), file=log)
+    for epoch in range(done + 1, config.epochs + 1):
+        time.sleep(SECONDS)
+        (folder / f"epoch-{epoch}").touch()
+        report(epoch, 0.5 + 0.01 * epoch)
+    with open(folder / "ran", "a") as log:
+        print("end", os.getpid(), file=log)
+    return 0.6
+
+
+out, storage, trials = sys.argv[1:]
+config = SearchConfig("resnet10", 1.25, trials=int(trials), epochs=4, width=0.125, image_size=32)
+run_search(config, out, storage, train=train, heartbeat=1, grace=GRACE, progress=False)
+"""
+
+
+def start(count, folder, storage, trials, *, seconds, grace):
+    """Worker processes on one search."""
+    program = WORKER.replace("SECONDS", str(seconds)).replace("GRACE", str(grace))
+    return [subprocess.Popen([sys.executable, "-c", program, folder, storage, str(trials)], stderr=subprocess.PIPE, text=True) for _ in range(count)]
+
+
+def kill_one_at_work(workers, folder):
+    """SIGKILLs the first worker that has reported an epoch of a trial it has not finished; gives that combination."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        for log in sorted(Path(folder).glob("trials/*/*/ran")):
+            lines = log.read_text().split("\n")
+            if lines[-2].startswith("begin") and (log.parent / "epoch-2").exists():
+                pid = int(lines[-2].split()[1])
+                victim = next(worker for worker in workers if worker.pid == pid)
+                victim.send_signal(signal.SIGKILL)
+                victim.wait()
+                if "end" not in log.read_text():
+                    return int(log.parent.name), victim
+        time.sleep(0.02)
+    raise AssertionError("no worker began: " + " ".join(worker.stderr.read() for worker in workers if worker.poll() is not None))
+
+
+def all_done_once(study, folder, trials, killed, workers, victim):
+    """Every combination has an end, none has two, and only the killed one has a second trial, which went on with its epochs."""
+    for worker in workers:
+        if worker is not victim:
+            assert worker.wait(timeout=240) == 0, worker.stderr.read()
+    attempts = by_combination(study)
+    assert sorted(attempts) == list(range(trials)) and len(study.get_trials()) == trials + 1
+    assert states(study)[TrialState.FAIL] == 1 and states(study)[TrialState.COMPLETE] + states(study)[TrialState.PRUNED] == trials
+    assert [trial.state == TrialState.FAIL for trial in attempts[killed]] == [True, False]
+    begun = Counter()
+    for number in range(trials):
+        log = Path(folder, "trials", study.study_name, f"{number:04d}", "ran").read_text().split("\n")
+        begun[number] = sum(line.startswith("begin") for line in log)
+        assert begun[number] == 1 + (number == killed)
+    table = search_table(study)
+    assert (table["attempts"] == 1 + (table["combination"] == killed)).all() and table["state"].isin(["complete", "pruned"]).all()
+    first, second = attempts[killed]
+    assert first.params == second.params and first.intermediate_values.items() <= second.intermediate_values.items()
+
+
+def test_two_workers_share_a_file_and_one_is_killed(tmp_path):
+    workers = start(2, tmp_path, tmp_path / "search.db", 6, seconds=0.15, grace=8)
+    try:
+        killed, victim = kill_one_at_work(workers, tmp_path)
+        study = load_search(tmp_path / "search.db")
+        all_done_once(study, tmp_path, 6, killed, workers, victim)
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+@pytest.fixture
+def postgres():
+    """URL of a PostgreSQL server of its own, on a free port, in a temporary folder; as another user where tests run as root."""
+    found = shutil.which("initdb") or next(iter(sorted(glob("/usr/lib/postgresql/*/bin/initdb"), reverse=True)), None)
+    if not found:
+        pytest.skip("PostgreSQL is not installed (no initdb on the PATH or in /usr/lib/postgresql). On Debian: apt install postgresql")
+    pytest.importorskip("psycopg")
+    user = {}
+    folder = Path(tempfile.mkdtemp(prefix="bcos_nb-postgres-"))
+    if os.geteuid() == 0:  # which PostgreSQL refuses
+        entry = next(entry for entry in pwd.getpwall() if entry.pw_name in ("postgres", "nobody"))
+        user = dict(user=entry.pw_uid, group=entry.pw_gid, extra_groups=[])
+        os.chown(folder, entry.pw_uid, entry.pw_gid)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    base, quiet_output = folder / "base", dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd="/", text=True)
+    made = subprocess.run([found, "-D", base, "-U", "tester", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"], **quiet_output, **user)
+    assert made.returncode == 0, made.stderr
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen([Path(found).with_name("postgres"), "-D", base, "-p", str(port), "-k", folder, "-c", "listen_addresses=127.0.0.1"],
+                                  stdout=log, stderr=log, cwd="/", **user)
+    try:
+        url = f"postgresql://tester@127.0.0.1:{port}/postgres"
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                sqlalchemy.create_engine(storage_url(url)).connect().close()
+                break
+            except sqlalchemy.exc.OperationalError:
+                assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+                time.sleep(0.2)
+        yield url
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(timeout=60)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_four_workers_share_postgresql_and_one_is_killed(postgres, tmp_path):
+    workers = start(4, tmp_path, postgres, 16, seconds=0.1, grace=12)
+    try:
+        killed, victim = kill_one_at_work(workers, tmp_path)
+        study = load_search(postgres)
+        all_done_once(study, tmp_path, 16, killed, workers, victim)
+        assert len({line.split()[1] for log in tmp_path.glob("trials/*/*/ran") for line in log.read_text().splitlines()}) >= 3, "the workers did not share the work"
+    finally:
+        for worker in workers:
+            worker.kill()
