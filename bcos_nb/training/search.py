@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'logger', 'LOST', 'STATES', 'read_space', 'search_space', 'space_table', 'draw_combination', 'SearchConfig',
-           'trial_settings', 'storage_url', 'exclusive', 'quietly', 'open_storage', 'open_search', 'load_search',
-           'config_of', 'by_combination', 'is_open', 'take_trial', 'signs_of_life', 'reached', 'run_trial',
-           'TrialTraining', 'run_search', 'left_to_do', 'finished', 'run_workers', 'run_worker', 'search_table',
-           'importance_table', 'best_preset', 'write_best']
+           'trial_settings', 'storage_url', 'exclusive', 'quietly', 'open_storage', 'open_search', 'storage_names',
+           'load_search', 'config_of', 'by_combination', 'is_open', 'take_trial', 'signs_of_life', 'reached',
+           'run_trial', 'TrialTraining', 'run_search', 'left_to_do', 'finished', 'run_workers', 'run_worker',
+           'search_table', 'importance_table', 'best_preset', 'write_best']
 
 # %% ../../nbs/training/search.ipynb #e09bcc72
 import functools
@@ -239,19 +239,34 @@ def open_search(
     return study
 
 
+def storage_names(
+    storage: str | os.PathLike,  # a SQLite file, or a URL
+) -> list[str]:  # of its searches
+    """The searches that a storage holds. Raises FileNotFoundError where there is none."""
+    return _names(_opened(storage))
+
+
+def _opened(storage) -> optuna.storages.RDBStorage:
+    url = storage_url(storage)
+    if url.get_backend_name() == "sqlite" and not Path(url.database).is_file():
+        raise FileNotFoundError(f"There is no search in {url.database}. Begin one: bcos-nb search run.")
+    with exclusive(url):
+        return open_storage(url)
+
+
+def _names(rdb: optuna.storages.RDBStorage) -> list[str]:
+    return sorted(summary.study_name for summary in optuna.get_all_study_summaries(rdb))
+
+
 def load_search(
     storage: str | os.PathLike,  # a SQLite file, or a URL
     name: str | None = None,     # None: the only study there is
 ) -> optuna.Study:
     """A search to look at. Raises FileNotFoundError where there is no storage, ValueError that lists the searches there are."""
-    url = storage_url(storage)
-    if url.get_backend_name() == "sqlite" and not Path(url.database).is_file():
-        raise FileNotFoundError(f"There is no search in {url.database}. Begin one: bcos-nb search run.")
-    with exclusive(url):
-        rdb = open_storage(url)
-    names = sorted(summary.study_name for summary in optuna.get_all_study_summaries(rdb))
+    rdb = _opened(storage)
+    names = _names(rdb)
     if (name or "") not in names and (name or len(names) != 1):
-        raise ValueError(f"{'Which search? Give its name' if not name else f'There is no search {name}'}. In {url.render_as_string()}: {', '.join(names) or 'none'}.")
+        raise ValueError(f"{'Which search? Give its name' if not name else f'There is no search {name}'}. In {storage_url(storage).render_as_string()}: {', '.join(names) or 'none'}.")
     return optuna.load_study(study_name=name or names[0], storage=rdb)
 
 
