@@ -61,7 +61,7 @@ def search_figure(
         for state, symbol in SYMBOLS.items():
             chosen = (tried["state"] == state).to_numpy()
             hover = [f"combination {row.get('combination', k)}: " + ("no AUC" if np.isnan(row["auc"]) else f"AUC {row['auc']:.3f}") + f", {WORDS[state]}"
-                     + f"<br>lr {row['lr']:.2g}, weight decay {row['weight_decay']:.1g}" * ("lr" in row) for k, row in tried[chosen].iterrows()]
+                     + (f"<br>lr {row['lr']:.2g}, weight decay {row['weight_decay']:.1g}" if "lr" in row else "") for k, row in tried[chosen].iterrows()]
             if chosen.any():
                 figure.add_scatter(x=at[chosen], y=tried.loc[chosen, "auc"].fillna(floor + 0.01).clip(floor + 0.01), mode="markers", hovertext=hover, hoverinfo="text",
                                    marker=dict(symbol=symbol, color=shades[name], size=8, line=dict(width=1.6, color=shades[name])), showlegend=False)
