@@ -19,14 +19,16 @@ import optuna
 import pandas as pd
 import pytest
 import sqlalchemy
+import torch
 from optuna.trial import TrialState
 from scipy.stats import kstest
 
 from bcos_nb.batch.presets import detector_rows, load_preset
 from bcos_nb.data import forge_dataset
 from bcos_nb.models import create_detector
+from bcos_nb.training import fit, make_config
 from bcos_nb.training.search import (
-    SearchConfig, best_preset, by_combination, draw_combination, importance_table, load_search, open_search, run_search, search_space,
+    SearchConfig, TrialTraining, best_preset, by_combination, draw_combination, importance_table, load_search, open_search, run_search, search_space,
     search_table, storage_url, trial_settings, write_best,
 )
 
@@ -318,3 +320,22 @@ def test_four_workers_share_postgresql_and_one_is_killed(postgres, tmp_path):
     finally:
         for worker in workers:
             worker.kill()
+
+
+def test_a_real_search_and_its_best_preset_trains_to_the_same_auc(tmp_path):
+    forge_dataset(tmp_path / "data", identities=8, frames_per_video=2, size=48, compressions=["c23"], seed=0)
+    config = SearchConfig("resnet10", 1.25, "ours", trials=2, epochs=2, batch_size=8, width=0.125, data=str(tmp_path / "data"), image_size=48, frames_per_video=2)
+    study = run_search(config, tmp_path / "search", progress=False)
+    table = search_table(study)
+    assert (table["state"] == "complete").all() and table["auc"].between(0, 1).all() and (table["epochs"] == 2).all()
+    kept = tmp_path / "search" / "trials" / study.study_name
+    assert [sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock")) for folder in sorted(kept.iterdir())] == \
+        [["detector.json", "detector.safetensors", "history.parquet"]] * 2
+    preset = best_preset(study)
+    row, = detector_rows(preset)
+    settings = {key: value for key, value in preset["training"].items() if key != "compression"}
+    torch.manual_seed(settings["seed"])
+    detector = create_detector(row["arch"], b=row["b"], width=row["width"], image_size=48, **row["arch_options"])
+    history = fit(detector, *TrialTraining(config).frames, make_config(**settings), tmp_path / "again", progress=False)
+    best = table["auc"].max()
+    assert history.set_index("epoch")["val_auc"][history.attrs["best_epoch"]] == best
