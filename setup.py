@@ -15,6 +15,8 @@ CFG = CFG["DEFAULT"]
 PACKAGE_DATA = {
     "data/paper": "*.csv",
     "data/presets": "*.yaml",
+    "data/presets/detectors/study": "*.yaml",
+    "data/presets/detectors/ours": "*.yaml",
     "nbs/experiments": "*.ipynb",
     "nbs/explore": "*.ipynb",
 }

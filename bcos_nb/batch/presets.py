@@ -6,6 +6,7 @@
 __all__ = ['SECTIONS', 'preset_names', 'load_preset', 'read_yaml', 'check_names', 'detector_rows', 'preset_jobs', 'notebook_of']
 
 # %% ../../nbs/batch/presets.ipynb #b6aa515e
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +16,13 @@ import yaml
 
 from .grid_run import Job, plan_jobs
 from ..resources import resource_path
+from ..training.presets import preset as detector_preset
 
 # %% ../../nbs/batch/presets.ipynb #fde79672
 SECTIONS: dict[str, set[str] | None] = {  # keys of each section; None: the section's consumer knows them
     "name": set(),
     "data": {"root", "dataset", "image_size", "frames_per_video", "forge"},
-    "detectors": {"arch", "b", "options", "training"},
+    "detectors": {"arch", "b", "preset", "options", "training"},
     "training": None,
     "evaluation": {"compressions", "batch_size"},
     "games": {"explainers", "compression", "thresholds", "grids", "n", "min_confidence", "seed", "batch_size"},
@@ -81,10 +83,10 @@ def detector_rows(preset: Mapping[str, Any]) -> list[dict]:  # arch, b, width, a
 
     rows = []
     for entry in listed(preset["detectors"]):
-        options = dict(entry.get("options") or {})
-        width = options.pop("width", 1.0)
-        for arch in listed(entry["arch"]):
-            rows += [{"arch": arch, "b": b, "width": width, "arch_options": options, "training": dict(entry.get("training") or {})} for b in listed(entry.get("b"))]
+        for arch, b in itertools.product(listed(entry["arch"]), listed(entry.get("b"))):
+            base = detector_preset(arch, b, entry["preset"]) if "preset" in entry else None
+            options, training = ({**(getattr(base, part, None) or {}), **(entry.get(part) or {})} for part in ("options", "training"))
+            rows.append({"arch": arch, "b": b, "width": options.pop("width", 1.0), "arch_options": options, "training": training})
     return sorted(rows, key=lambda row: row["b"] is None)
 
 
