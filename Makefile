@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help ablation backbones bcosify transfer demo test test-all lab bench notebooks export clean
+.PHONY: help ablation backbones bcosify guidance transfer demo test test-all lab bench notebooks export clean
 
 help: ## list the commands
 	@echo "make <command>, where <command> is one of"
@@ -32,6 +32,9 @@ backbones: $(STAMP) ## train every B-cos backbone on the miniature and measure i
 
 bcosify: $(STAMP) ## from the demo's ordinary detector to a B-cos one, measured (ten minutes on 2 cores)
 	@$(BIN)/python tests/bcosify_demo.py
+
+guidance: $(STAMP) ## train with guided losses of several weights and measure detection and localization (40 minutes on one core)
+	@$(BIN)/python tests/guidance_demo.py
 
 transfer: $(STAMP) ## measure the demo's ordinary detector on the counterparts of other datasets (twenty minutes on 2 cores)
 	@$(BIN)/python tests/transfer.py
