@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help ablation backbones recipes bcosify transfer demo test test-all lab bench notebooks export clean
+.PHONY: help ablation backbones recipes bcosify guidance transfer demo test test-all lab bench notebooks export clean
 
 help: ## list the commands
 	@echo "make <command>, where <command> is one of"
@@ -35,6 +35,9 @@ recipes: $(STAMP) ## train the study's hyperparameters and ours on the miniature
 
 bcosify: $(STAMP) ## from the demo's ordinary detector to a B-cos one, measured (ten minutes on 2 cores)
 	@$(BIN)/python tests/bcosify_demo.py
+
+guidance: $(STAMP) ## train with guided losses of several weights and measure detection and localization (40 minutes on one core)
+	@$(BIN)/python tests/guidance_demo.py
 
 transfer: $(STAMP) ## measure the demo's ordinary detector on the counterparts of other datasets (twenty minutes on 2 cores)
 	@$(BIN)/python tests/transfer.py
