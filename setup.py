@@ -53,7 +53,7 @@ setup(
     include_package_data=False,
     python_requires=">=" + CFG["min_python"],
     install_requires=CFG["requirements"].split(),
-    extras_require={extra: CFG[f"{extra}_requirements"].split() for extra in ("dev", "cluster", "faces", "lmdb")},
+    extras_require={extra: CFG[f"{extra}_requirements"].split() for extra in ("dev", "cluster", "faces", "lmdb", "trackers")},
     entry_points={"console_scripts": CFG["console_scripts"].split()},
     cmdclass={"build_py": BuildWithResources},
     zip_safe=False,
