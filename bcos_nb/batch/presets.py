@@ -16,7 +16,6 @@ import yaml
 
 from .grid_run import Job, plan_jobs
 from ..resources import resource_path
-from ..training.presets import preset as detector_preset
 
 # %% ../../nbs/batch/presets.ipynb #fde79672
 SECTIONS: dict[str, set[str] | None] = {  # keys of each section; None: the section's consumer knows them
@@ -81,10 +80,12 @@ def detector_rows(preset: Mapping[str, Any]) -> list[dict]:  # arch, b, width, a
     def listed(value):
         return value if isinstance(value, list) else [value]
 
+    if any(entry.get("preset") for entry in listed(preset["detectors"])):
+        from bcos_nb.training.presets import preset as detector_preset  # brings torch, which the command line's help does without
     rows = []
     for entry in listed(preset["detectors"]):
         for arch, b in itertools.product(listed(entry["arch"]), listed(entry.get("b"))):
-            base = detector_preset(arch, b, entry["preset"]) if "preset" in entry else None
+            base = detector_preset(arch, b, entry["preset"]) if entry.get("preset") else None
             options, training = ({**(getattr(base, part, None) or {}), **(entry.get(part) or {})} for part in ("options", "training"))
             rows.append({"arch": arch, "b": b, "width": options.pop("width", 1.0), "arch_options": options, "training": training})
     return sorted(rows, key=lambda row: row["b"] is None)
