@@ -222,14 +222,17 @@ def finish_task(task: str, runs: Path) -> None:
     from bcos_nb.reports.page import STYLE
 
     page = write_tables(runs, style=STYLE)
+    console = Console(highlight=False)
     for number, cells in all_tables(runs, ("I", "II")).items():
-        content = plain_table(cells)
-        table = Table(title=f"Table {number}: {DETECTION_TABLES[number]}. Ours, its 95 % interval, (the study's)", box=None, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
+        roomy = console.width >= 24 + 23 * len(cells[["test_set", "metric"]].drop_duplicates())
+        content = plain_table(cells, roomy)
+        shown = "ours, its 95 % interval" if roomy else "ours"
+        table = Table(title=f"\nTable {number}: {DETECTION_TABLES[number]}; {shown} (the study's)", box=None, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
         for name in ("", *content.columns):
-            table.add_column(name)
+            table.add_column(name, no_wrap=True)
         for name, row in zip(content.index, content.to_numpy()):
             table.add_row(name, *row)
-        Console(highlight=False).print(table)
+        console.print(table)
     tell(f"All seven tables: {page.resolve()}; as CSV beside it: {', '.join(f'detection_{number}.csv' for number in DETECTION_TABLES)}.", "green")
 
 

@@ -215,13 +215,15 @@ def table_caption(
 # %% ../../nbs/reports/detection_tables.ipynb #c5affa4d
 def plain_table(
     cells: pd.DataFrame,  # of study_table
+    roomy: bool = True,  # False: without intervals, two digits, no word for what is missing
 ) -> pd.DataFrame:  # strings; rows are detectors, columns are test sets, metrics, or both
     """A table for a terminal: ours, its interval, and in brackets the study's."""
     sets, names = cells["test_set"].nunique(), cells["metric"].nunique()
     label = lambda cell: " ".join([SHORT.get(cell.test_set, cell.test_set)] * (sets > 1) + [METRICS[cell.metric]] * (names > 1 or sets == 1))
 
     def text(cell) -> str:
-        ours = "no run" if pd.isna(cell.ours) else f"{cell.ours:.3f}" + ("" if pd.isna(cell.low) else f" {cell.low:.2f}–{cell.high:.2f}")
+        ours = ("no run" if roomy else "   –") if pd.isna(cell.ours) else f"{cell.ours:.{3 if roomy else 2}f}"
+        ours += "" if pd.isna(cell.low) or not roomy else f" {cell.low:.2f}–{cell.high:.2f}"
         return ours + (" (–)" if pd.isna(cell.study) else f" ({cell.study:.2f})")
 
     rows = {}
