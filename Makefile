@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help ablation backbones search bcosify transfer demo test test-all lab bench notebooks export clean
+.PHONY: help ablation backbones recipes search bcosify guidance transfer demo test test-all lab bench notebooks export clean
 
 help: ## list the commands
 	@echo "make <command>, where <command> is one of"
@@ -30,11 +30,17 @@ ablation: $(STAMP) ## measure what each part of the training recipe does (a quar
 backbones: $(STAMP) ## train every B-cos backbone on the miniature and measure it (under an hour on 2 cores)
 	@$(BIN)/python tests/backbones.py
 
+recipes: $(STAMP) ## train the study's hyperparameters and ours on the miniature, three seeds each (an hour and a half on 2 cores)
+	@$(BIN)/python tests/recipes.py
+
 search: $(STAMP) ## search hyperparameters on the miniature: ordinary, the study's B-cos form, ours (about 20 minutes on 2 cores)
 	@$(BIN)/python tests/search_demo.py
 
 bcosify: $(STAMP) ## from the demo's ordinary detector to a B-cos one, measured (ten minutes on 2 cores)
 	@$(BIN)/python tests/bcosify_demo.py
+
+guidance: $(STAMP) ## train with guided losses of several weights and measure detection and localization (40 minutes on one core)
+	@$(BIN)/python tests/guidance_demo.py
 
 transfer: $(STAMP) ## measure the demo's ordinary detector on the counterparts of other datasets (twenty minutes on 2 cores)
 	@$(BIN)/python tests/transfer.py

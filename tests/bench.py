@@ -613,7 +613,7 @@ def main():
     if set(rooms) - set(ROWS):
         parser.error(f"--only {chosen.only}: choose from {', '.join(ROWS)}")
     size = dict(arch="resnet18", side=128, batch=8, repeats=3, train_side=64, train_count=128) if chosen.quick else \
-        dict(arch="resnet34", side=224, batch=8, repeats=5, train_side=96, train_count=256)
+        dict(arch="resnet34", side=224, batch=8, repeats=5, train_side=96, train_count=1024)
     settings, device = argparse.Namespace(**size), torch.device(chosen.device)
     warnings.filterwarnings("ignore")
     about, begin, rows = machine(device), time.monotonic(), []

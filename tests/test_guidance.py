@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from bcos_nb.data import FrameDataset, Frames
 from bcos_nb.games import localization_scores
@@ -319,6 +320,7 @@ def test_localization_is_the_mean_over_the_fakes(kind):
     assert abs(inside_share(detector, frames) - float(scores.mean())) < 1e-5
     assert abs(inside_share(detector, frames, batch_size=3) - inside_share(detector, frames)) < 1e-6
     assert abs(inside_share(detector, frames, limit=2) - float(scores[[0, -1]].mean())) < 1e-5
+    assert inside_share(AveragedModel(detector), frames) == inside_share(detector, frames)
     frames.masks[frames.labels.nonzero()[0]] = 0
     assert abs(inside_share(detector, frames) - float(scores[1:].mean())) < 1e-5
     assert detector.training and next(detector.parameters()).requires_grad

@@ -1,4 +1,6 @@
 """Detection: how well a detector tells real from fake."""
-from bcos_nb.detection.metrics import detection_metrics, score_frames
+from bcos_nb.detection.metrics import (
+    bootstrap_intervals, choose_threshold, detection_metrics, detection_results, score_frames, video_scores,
+)
 
-__all__ = ["detection_metrics", "score_frames"]
+__all__ = ["bootstrap_intervals", "choose_threshold", "detection_metrics", "detection_results", "score_frames", "video_scores"]

@@ -1,0 +1,83 @@
+"""Detector presets: every number of the study's table, and what a grid makes of them."""
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from bcos_nb.batch.presets import detector_rows
+from bcos_nb.models import list_detectors
+from bcos_nb.training import FitConfig
+from bcos_nb.training.presets import preset, preset_files, preset_table
+
+# Table VI as printed: batch size, learning rate, decay, betas, eps, amsgrad, norm, its bias, norm_2d, its bias
+PRINTED = {
+    ("resnet34", None): (128, 2.7e-4, 8.6e-4, 0.86, 0.86, 4.2e-6, True),
+    ("resnet34", 1.25): (32, 4.3e-4, 3.7e-4, 0.92, 0.82, 5.0e-6, True, "BatchNorm2d", False),
+    ("resnet34", 1.75): (32, 8.7e-4, 1.0e-4, 0.94, 0.86, 6.0e-6, True, "GNInstanceNormUncentered2d", False),
+    ("resnet34", 2): (32, 8.6e-4, 1.0e-4, 0.95, 0.86, 6.1e-6, True, "GNInstanceNormUncentered2d", False),
+    ("resnet34", 2.5): (16, 8.9e-4, 4.0e-4, 0.86, 0.88, 8.0e-6, True, "BatchNormUncentered2d", False),
+    ("xception", None): (64, 2.0e-4, 5.0e-4, 0.90, 0.99, 1.0e-8, False),
+    ("xception", 2.5): (64, 2.0e-4, 5.0e-4, 0.90, 0.99, 1.0e-8, False),
+    ("vitc_ti", None): (64, 7.2e-5, 3.5e-4, 0.85, 0.86, 6.5e-5, False),
+    ("vitc_ti", 1.25): (16, 1.6e-4, 2.1e-4, 0.93, 0.83, 8.8e-6, True, "DetachableLayerNorm", True, "BatchNorm2d", False),
+    ("vitc_ti", 1.75): (16, 5.5e-5, 5.3e-4, 0.89, 0.94, 4.4e-6, False, "DetachableLayerNorm", False, "BatchNorm2d", True),
+    ("vitc_ti", 2): (128, 3.2e-4, 3.5e-4, 0.88, 0.92, 4.7e-6, False, "DetachableLayerNorm", True, "BatchNorm2d", False),
+    ("vitc_ti", 2.5): (64, 1.2e-4, 7.6e-4, 0.92, 0.95, 2.6e-7, False, "DetachableLayerNorm", False, "BatchNorm2d", False),
+}
+
+
+@pytest.mark.parametrize("arch,b", PRINTED)
+def test_study_presets_hold_what_is_printed(arch, b):
+    found, (batch_size, lr, decay, beta1, beta2, eps, amsgrad, *norms) = preset(arch, b), PRINTED[arch, b]
+    config = found.config()
+    assert (config.batch_size, config.lr, config.weight_decay, config.betas, config.eps, config.amsgrad) == (batch_size, lr, decay, (beta1, beta2), eps, amsgrad)
+    assert config.epochs == (5 if (arch, b) == ("xception", 2.5) else 20) and config.optimizer == "adam" and config.loss == "cross_entropy"
+    assert config.select == "auc" and config.augment == "none" and found.image_size == (224 if arch == "vitc_ti" else 256)
+    assert [found.options[name] for name in ("norm", "norm_bias", "norm_2d", "norm_2d_bias") if name in found.options] == norms
+
+
+@pytest.mark.parametrize("arch,b", PRINTED)
+def test_study_presets_build_and_classify(arch, b):
+    detector = preset(arch, b).create(width=0.25, **({"depth": 1} if arch == "vitc_ti" else {"middle": 0} if arch == "xception" else {}))
+    assert detector.b == b and detector.eval()(torch.rand(2, 3, 64, 64)).shape == (2, 2)
+    norm = (preset(arch, b).options.get("norm") or "").replace("Detachable", "")
+    kinds = {type(module).__name__ for module in detector.modules()}
+    assert not norm or any(norm in kind for kind in kinds), kinds
+
+
+def test_every_backbone_has_a_preset_of_ours():
+    assert {path.stem for path in preset_files("ours")} == set(list_detectors())
+    for arch in list_detectors():
+        ordinary, bcos = preset(arch, source="ours"), preset(arch, 2.2, source="ours")
+        assert ordinary.config().b_start is None and bcos.config().b_start == 1.25 and bcos.b == 2.2
+        assert isinstance(bcos.config(epochs=1), FitConfig) and bcos.note and "energy_stem" not in ordinary.options
+
+
+def test_numbers_stand_in_the_files_only():
+    code = (Path(__file__).parent.parent / "bcos_nb" / "training" / "presets.py").read_text()
+    assert not re.search(r"\d\.\d|e-\d", re.sub(r"#.*", "", code))
+    assert len(preset_table("study")) == 12 and len(preset_table("ours")) == 2 * len(list_detectors())
+    for source in ("study", "ours"):
+        for path in preset_files(source):
+            assert path.stem.startswith(yaml.safe_load(path.read_text())["arch"])
+
+
+@pytest.mark.parametrize("wrong,words", [
+    (dict(arch="resnet34", b=3), "resnet34-b1.25"), (dict(arch="resnet35"), "resnet34"), (dict(arch="resnet34", source="paper"), "study, ours"),
+    (dict(arch="resnet34", b=0.5, source="ours"), "at least 1"),
+])
+def test_what_is_not_there_is_answered_with_what_is(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        preset(**wrong)
+
+
+def test_a_grid_takes_options_and_training_from_a_detector_preset():
+    entry = {"arch": ["resnet34", "vitc_ti"], "b": [1.25], "preset": "study", "options": {"width": 0.25}, "training": {"epochs": 2}}
+    rows = {row["arch"]: row for row in detector_rows({"detectors": entry})}
+    resnet, vit = rows["resnet34"], rows["vitc_ti"]
+    assert resnet["width"] == 0.25 and resnet["arch_options"] == {"variant": "study", "norm": "BatchNorm2d", "norm_bias": False}
+    assert resnet["training"]["epochs"] == 2 and resnet["training"]["lr"] == 4.3e-4 and vit["training"]["batch_size"] == 16
+    with pytest.raises(ValueError, match="no preset.*resnet34, B = 1.3"):
+        detector_rows({"detectors": {"arch": "resnet34", "b": 1.3, "preset": "study"}})
