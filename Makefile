@@ -33,7 +33,7 @@ backbones: $(STAMP) ## train every B-cos backbone on the miniature and measure i
 recipes: $(STAMP) ## train the study's hyperparameters and ours on the miniature, three seeds each (an hour and a half on 2 cores)
 	@$(BIN)/python tests/recipes.py
 
-search: $(STAMP) ## search hyperparameters on the miniature: ordinary, the study's B-cos form, ours (about 20 minutes on 2 cores)
+search: $(STAMP) ## search hyperparameters on the miniature: ordinary, the study's B-cos form, ours (half an hour on 2 cores)
 	@$(BIN)/python tests/search_demo.py
 
 bcosify: $(STAMP) ## from the demo's ordinary detector to a B-cos one, measured (ten minutes on 2 cores)

@@ -612,7 +612,7 @@ def best_preset(
         "data": {"root": str(config.data), "dataset": config.dataset, "image_size": config.image_size, "frames_per_video": config.frames_per_video},
         "detectors": [{"arch": config.arch, "b": config.b, "options": {"width": config.width, **options}}],
         "training": {"compression": config.compression, **changed},
-        "evaluation": {"compressions": [config.compression]},
+        **({"evaluation": {"compressions": [config.compression]}} if config.compression else {}),  # else what the dataset has
     }, default=lambda value: value.item()))  # what numpy and pandas made of numbers
 
 
