@@ -53,7 +53,7 @@ def search_figure(
 ) -> go.Figure:
     """The study's Figure 7: every combination's AUC, searches side by side, each with its median and how many got how far."""
     shares = fragility_table(searches)
-    shades = dict(zip(searches, [ORDINARY, *(b_colour(b) for b in np.linspace(1.25, 2.5, max(len(searches) - 1, 1)))])) | dict(colours or {})
+    shades = dict(zip(searches, [ORDINARY, *(b_colour(b) for b in np.linspace(1.25, 2.1, max(len(searches) - 1, 1)))])) | dict(colours or {})
     figure, seen = go.Figure(), set()
     for place, (name, trials) in enumerate(searches.items()):
         tried = finished(name, trials).reset_index(drop=True)
@@ -69,7 +69,7 @@ def search_figure(
         middle, row = shares.loc[name, "median"], shares.loc[name]
         figure.add_shape(type="line", x0=place - 0.42, x1=place + 0.42, y0=middle, y1=middle, line=dict(color=shades[name], width=1.5, dash="dot"))
         text = "<br>".join([f"median {middle:.2f}", *(f"{row[column]:.0%} {column}" for column in shares.columns if column.startswith("above"))])
-        figure.add_annotation(x=place, y=1.03, yref="y", yanchor="bottom", text=text, showarrow=False, font=dict(size=11, color=shades[name]), align="center")
+        figure.add_annotation(x=place, y=1.01, yref="paper", yanchor="bottom", text=text, showarrow=False, font=dict(size=11, color=shades[name]), align="center")
     for state in SYMBOLS:
         if state in seen:
             figure.add_scatter(x=[None], y=[None], mode="markers", name=WORDS[state], marker=dict(symbol=SYMBOLS[state], color="#555", size=8, line=dict(width=1.6, color="#555")))
