@@ -313,6 +313,14 @@ def test_training_goes_on_without_a_broken_frame_however_many_read(catalog, tmp_
     assert histories[0].drop(columns="seconds").notna().all().all() and "2 unreadable frames left out" in "".join(capsys.readouterr())
 
 
+def test_guidance_and_localization_do_without_a_broken_frame(catalog, tmp_path):
+    fake = int((catalog["label"] == 1).to_numpy().nonzero()[0][0])
+    spoil(catalog, fake)
+    data = [FrameDataset(catalog, SIDE, with_mask=True) for _ in range(2)]
+    history = fit(tiny(), *data, FitConfig(epochs=1, batch_size=8, guidance=0.5, select="localization"), tmp_path, progress=False)
+    assert history.drop(columns="seconds").notna().all().all() and [list(some.unreadable) for some in data] == [[fake], [fake]]
+
+
 def test_a_batch_of_which_nothing_is_left_is_passed_over(catalog, tmp_path):
     spoil(catalog, 0)
     data = FrameDataset(catalog, SIDE)

@@ -540,7 +540,7 @@ def validate(
     rows = torch.arange(len(run.val))[rank::processes]
     with memory_explained(config.eval_batch_size, name="eval_batch_size"):
         logits = predict_logits(run.kept, run.val, batch_size=config.eval_batch_size, num_workers=config.num_workers, skip_unreadable=True, rows=rows)
-        row = {"val_inside_share": inside_share(run.kept, run.val, batch_size=config.eval_batch_size)} if config.select != "auc" else {}
+        row = {"val_inside_share": inside_share(run.kept, run.val, batch_size=config.eval_batch_size, skip_unreadable=True)} if config.select != "auc" else {}
     scored, labels = readable(run.val)[rows], labels_of(run.val)
     if processes > 1:
         logits, scored = gathered(accelerator, logits, len(run.val)), gathered(accelerator, scored.float()[:, None], len(run.val))[:, 0] > 0

@@ -20,7 +20,7 @@ def class_weights(
 ) -> Tensor:  # [2], with mean 1 over the frames
     """N / (2 · N_class) for each class. Raises ValueError if a class is absent."""
     if balance not in ("weight", "none"):
-        raise ValueError(f"balance={balance!r} is unknown. Choose one of: pairs, weight, none.")
+        raise ValueError(f"balance={balance!r} is unknown. Choose one of: weight, none.")
     counts = torch.bincount(labels, minlength=2)
     if len(counts) != 2 or not bool((counts > 0).all()):
         raise ValueError(f"Training needs real and fake frames in its training and in its validation split; one of them has "
