@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help ablation backbones recipes bcosify guidance transfer demo test test-all lab bench notebooks export clean
+.PHONY: help ablation backbones recipes search bcosify guidance transfer demo test test-all lab bench notebooks export clean
 
 help: ## list the commands
 	@echo "make <command>, where <command> is one of"
@@ -32,6 +32,9 @@ backbones: $(STAMP) ## train every B-cos backbone on the miniature and measure i
 
 recipes: $(STAMP) ## train the study's hyperparameters and ours on the miniature, three seeds each (an hour and a half on 2 cores)
 	@$(BIN)/python tests/recipes.py
+
+search: $(STAMP) ## search hyperparameters on the miniature: ordinary, the study's B-cos form, ours (about 20 minutes on 2 cores)
+	@$(BIN)/python tests/search_demo.py
 
 bcosify: $(STAMP) ## from the demo's ordinary detector to a B-cos one, measured (ten minutes on 2 cores)
 	@$(BIN)/python tests/bcosify_demo.py

@@ -17,6 +17,7 @@ PACKAGE_DATA = {
     "data/presets": "*.yaml",
     "data/presets/detectors/study": "*.yaml",
     "data/presets/detectors/ours": "*.yaml",
+    "data/presets/search": "*.yaml",
     "nbs/experiments": "*.ipynb",
     "nbs/explore": "*.ipynb",
 }
@@ -53,7 +54,7 @@ setup(
     include_package_data=False,
     python_requires=">=" + CFG["min_python"],
     install_requires=CFG["requirements"].split(),
-    extras_require={extra: CFG[f"{extra}_requirements"].split() for extra in ("dev", "cluster", "faces", "lmdb", "trackers")},
+    extras_require={extra: CFG[f"{extra}_requirements"].split() for extra in ("dev", "cluster", "faces", "lmdb", "trackers", "postgres")},
     entry_points={"console_scripts": CFG["console_scripts"].split()},
     cmdclass={"build_py": BuildWithResources},
     zip_safe=False,

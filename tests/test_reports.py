@@ -171,7 +171,9 @@ def test_report(folder, tmp_path, capsys):
     assert not loads_from_network(page) and "require.js" not in page.replace("plotly.js", "") and len(page) < 12e6
     assert page.count("Plotly.newPlot(") - page.split("</head>")[0].count("Plotly.newPlot(") == 4
     assert "load_runs(" not in page and "Table VIII" in page and "another dataset" in page and 'href="#The-mask-game"' in page
-    assert sorted(path.name for path in out.parent.iterdir()) == ["report.html", "report.ipynb"]
+    tables = [f"detection_{number}.csv" for number in ("I", "II", "VII", "VIII", "IX", "X", "XI")]
+    assert sorted(path.name for path in out.parent.iterdir()) == sorted(["report.html", "report.ipynb", "detection.html", *tables])
+    assert "The study’s Table IX" in page and "The study’s Table XI:" not in page  # of FFHQ there is no run
     outputs = [output for cell in json.loads(out.with_suffix(".ipynb").read_text())["cells"] for output in cell.get("outputs", [])]
     assert not any(output["output_type"] == "error" for output in outputs)
 

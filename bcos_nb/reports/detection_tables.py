@@ -147,7 +147,8 @@ def study_table(
 # %% ../../nbs/reports/detection_tables.ipynb #57ebfacc
 SHORT = {"DeepFakeDetection": "DFD", "Celeb-DF-v2": "Celeb-DF", "FaceForensics++": "FF++"}  # for narrow columns
 CELLS_STYLE = """
-.cells td { padding: 5px 7px; line-height: 1.25; vertical-align: top; } .cells th { padding: 6px 7px; }
+.cells table { width: auto; } .cells td { padding: 5px 4px; min-width: 54px; line-height: 1.25; vertical-align: top; } .cells th { padding: 6px 4px; }
+.cells tr.group th { text-transform: none; letter-spacing: 0; }
 .cells td > span { display: block; } .cells .range { color: #6b7280; font-size: 11px; } .cells .none { color: #b4b8be; font-size: 12px; }
 .cells td > .study { margin-left: 0; } .cells td:first-child, .cells thead tr:first-child th:first-child { position: sticky; left: 0; background: #fff; }
 .cells thead th.wide { text-align: center; border-bottom: 1px solid #e3e5e8; } .cells sup { color: #e8743b; }
@@ -272,4 +273,4 @@ def write_tables(
 READING = (
     "First line: our number, of single frames at threshold 0.5; second: its 95&nbsp;% interval from draws of videos; third, in grey: the study’s, measured on "
     "the real datasets with full-size networks, for orientation and not for comparison digit by digit. Bold: best of ours in its column. Pointing at a cell shows the number of "
-    "videos (mean of their frames’ probabilities) and the one at the threshold chosen on validation. A question mark: looks misprinted in the study.")
+    "videos (mean of their frames’ probabilities) and the one at the threshold chosen on validation. A question mark: a remark on the study’s number, shown on pointing at it.")

@@ -20,6 +20,7 @@ from pathlib import Path
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
+from .detection_tables import write_tables
 from .figures import figure_png
 from .tables import load_runs
 from ..resources import resource_path
@@ -169,7 +170,7 @@ def write_report(
     *,
     timeout: float = 600,  # seconds that the notebook may take
 ) -> Path:  # the page
-    """Makes the report of a folder of runs: one HTML file that is readable offline, the executed notebook beside it.
+    """Makes the report of a folder of runs: one HTML file that is readable offline; beside it the executed notebook and the study's detection tables.
 
     Raises FileNotFoundError if there are no runs, RuntimeError with the last line of the error if the notebook fails.
     """
@@ -192,6 +193,8 @@ def write_report(
                                "Open it in JupyterLab, set `runs` in its parameters cell, and run it to see where.")
         os.replace(executed, out.with_suffix(".ipynb"))
         os.replace(page, out)
+    if next(runs_dir.glob("**/detect/*/metrics.json"), None):
+        write_tables(runs_dir, out.parent, STYLE)
     print(f"The report is at {out}")
     return out
 

@@ -163,12 +163,15 @@ def read_train(folder: Path, keys: dict, params: dict, metrics: dict) -> dict:
 
 
 def read_detect(folder: Path, keys: dict, params: dict, metrics: dict) -> dict:
-    """A detection run: metrics by compression, and the frames' scores."""
+    """A detection run: metrics by compression and the frames' scores, of its own dataset; further test sets are for `detection_tables`."""
     dataset = params.get("dataset", "")
     rows = [{**keys, "dataset": dataset, "compression": compression, "metric": metric, "value": value}
             for compression, values in metrics.items() if isinstance(values, dict) and "auc" in values
             for metric, value in values.items()]
-    found = {"detection": pd.DataFrame(rows), "frames": pd.read_parquet(folder / "scores.parquet").assign(**keys)}
+    scores = pd.read_parquet(folder / "scores.parquet")
+    if dataset and "dataset" in scores:
+        scores = scores[scores["dataset"] == dataset]
+    found = {"detection": pd.DataFrame(rows), "frames": scores.assign(**keys)}
     if metrics.get("completeness_error") is not None:
         found["completeness"] = pd.DataFrame([{**keys, "completeness_error": metrics["completeness_error"]}])
     return found
