@@ -150,7 +150,7 @@ CELLS_STYLE = """
 .cells table { width: auto; } .cells td { padding: 5px 4px; min-width: 54px; line-height: 1.25; vertical-align: top; } .cells th { padding: 6px 4px; }
 .cells tr.group th { text-transform: none; letter-spacing: 0; }
 .cells td > span { display: block; } .cells .range { color: #6b7280; font-size: 11px; } .cells .none { color: #b4b8be; font-size: 12px; }
-.cells td > .study { margin-left: 0; } .cells td:first-child, .cells thead tr:first-child th:first-child { position: sticky; left: 0; background: #fff; }
+.cells td > .study { margin-left: 0; color: #8a9099; } .cells td:first-child, .cells thead tr:first-child th:first-child { position: sticky; left: 0; background: #fff; }
 .cells thead th.wide { text-align: center; border-bottom: 1px solid #e3e5e8; } .cells sup { color: #e8743b; }
 """
 
