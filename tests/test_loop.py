@@ -98,27 +98,38 @@ def test_a_training_cut_off_within_an_epoch_goes_on_from_that_batch_bit_for_bit(
     same_files(tmp_path / "cut", tmp_path / "whole")
 
 
+def written(path):
+    """When a file was written last; None if it is not there."""
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+def wait_for_saves(child, path, count):
+    """Returns when a training has saved so often, or has ended."""
+    before = written(path)
+    while count and child.poll() is None:
+        now = written(path)
+        count, before = count - (now != before), now
+        time.sleep(0.001)
+
+
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_do_not_show(tmp_path):
-    began = time.monotonic()
-    whole = child_of(tmp_path / "whole")
-    assert whole.stdout.readline() == "begun\n"
-    starting = time.monotonic() - began
-    assert whole.wait(300) == 0
-    lasting = time.monotonic() - began - starting
-    moments, kills, states = random.Random(0), 0, set()
-    for attempt in range(60):
+    with child_of(tmp_path / "whole") as whole:
+        assert whole.wait(300) == 0, whole.stdout.read()
+    moments, kills, states, last = random.Random(0), 0, set(), tmp_path / "cut" / "state" / "last.pt"
+    for attempt in range(40):
         if kills == 10:
             break
-        child = child_of(tmp_path / "cut")
-        assert child.stdout.readline() == "begun\n"
-        time.sleep(moments.uniform(0.02, 0.25) * lasting)
-        ended = child.poll() is not None
-        child.send_signal(signal.SIGKILL)
-        child.wait(60)
-        assert not ended or child.returncode == 0, child.stdout.read()
+        with child_of(tmp_path / "cut") as child:
+            assert child.stdout.readline() == "begun\n"
+            if attempt:  # the first dies before anything is saved
+                wait_for_saves(child, last, moments.choice((1, 2)))
+            time.sleep(moments.uniform(0, 0.04))
+            ended = child.poll() is not None
+            child.send_signal(signal.SIGKILL)
+            child.wait(60)
+            assert not ended or child.returncode == 0, child.stdout.read()
         kills += not ended
-        last = tmp_path / "cut" / "state" / "last.pt"
         if last.is_file():
             state = torch.load(last, weights_only=True)  # whole, whenever it is looked at
             states.add((state["epoch"], state["batch"]))
@@ -126,8 +137,8 @@ def test_ten_kills_at_random_moments_do_not_show(tmp_path):
             for path in (tmp_path / "cut").rglob("*"):
                 path.is_file() and path.unlink()
     assert kills == 10 and len(states) > 3
-    child = child_of(tmp_path / "cut")
-    assert child.wait(300) == 0, child.stdout.read()
+    with child_of(tmp_path / "cut") as child:
+        assert child.wait(300) == 0, child.stdout.read()
     same_files(tmp_path / "cut", tmp_path / "whole")
 
 
