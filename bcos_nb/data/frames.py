@@ -235,6 +235,15 @@ class FrameDataset(Dataset):
                 return image, read(self.masks[index], grey=True)
             return image, torch.zeros(1, *image.shape[1:], dtype=torch.uint8)
 
+    def mask(self, index: int) -> Tensor:
+        """Mask of a row alone, uint8 [1, size, size], not augmented: its image is not decoded. Zero where the catalogue names none."""
+        name = self.masks[index]
+        if not isinstance(name, str):
+            return torch.zeros(1, self.size, self.size, dtype=torch.uint8)
+        with self.opened() as environment:
+            picture = read_stored(environment, name, True) if environment else read_picture(f"{self.root}/{name}", True)
+        return resize(picture, self.size, self.size)
+
     def prepared(self, image: Tensor, mask: Tensor | None, augmented: bool = False) -> tuple[Tensor, Tensor | None]:
         """The same as [3, size, size] and [1, size, size], resized with antialiasing, augmented before if wanted."""
         if augmented and self.augment is not None:

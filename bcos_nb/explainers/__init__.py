@@ -13,6 +13,7 @@ from bcos_nb.explainers.attribution import (
 )
 from bcos_nb.explainers.bcos import alpha_maps, colour_images
 from bcos_nb.explainers.cam import CAMS
+from bcos_nb.explainers.windows import explain_windows
 from bcos_nb.explainers.baselines import mean_mask  # after the explainers that it is the control of
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "colour_images",
     "explain",
     "explain_many",
+    "explain_windows",
     "mean_mask",
     "register_explainer",
     "usable_explainers",
