@@ -221,7 +221,7 @@ def test_too_few_sure_images(frames, detector):
     blind.cam_layer.weight.data.zero_()
     with pytest.raises(ValueError, match="0 of 14 fakes"):
         build_grids(blind, frames)
-    with pytest.raises(ValueError, match="of 7 of 7 real"):
+    with pytest.raises(ValueError, match="and 7 of 7 real"):
         build_grids(detector, red_frames(reals=7))
     with pytest.raises(ValueError, match="n=1"):
         build_grids(detector, frames, n=1)
@@ -279,7 +279,7 @@ def test_mask_game_refuses_what_cannot_be_played(frames, detector):
         play_mask_game(detector, frames[torch.arange(14, 20)], ["gradcam"])
     with pytest.raises(ValueError, match="ordinary network"):
         play_mask_game(detector, frames, ["bcos"])
-    with pytest.raises(ValueError, match="frames' size"):
+    with pytest.raises(ValueError, match="images' size"):
         play_mask_game(detector, frames, [], controls={"flat": torch.ones(8, 8)})
     with pytest.raises(ValueError, match="both explainer and control"):
         play_mask_game(detector, frames, ["uniform"], controls={"uniform": torch.ones(24, 24)})
