@@ -43,6 +43,7 @@ class Question:
     target: Tensor  # class per image, int64 [N]
     need_rgba: bool = True  # False where nobody will look at colour images
     kept: Tensor | None = field(default=None, repr=False)  # logits that some method has computed
+    activations: Tensor | None = field(default=None, repr=False)  # of the detector's cam_layer, if a method has seen them
 
     def keep(self, logits: Tensor) -> Tensor:  # [N, 2]
         "Remember the logits of the images, without their graph."
@@ -79,6 +80,7 @@ class Explainer:
     options: dict = field(default_factory=dict)  # name to default
     unable: Callable[[nn.Module], str | None] = lambda detector: None  # why it cannot serve this detector, or None
     rescale: Callable[[Tensor, dict], Tensor] = by_maximum  # raw maps and options, to maps in [0, 1]
+    first: bool = False  # whether it goes before the others, which can use what it leaves in the question
 
 
 EXPLAINERS: dict[str, Explainer] = {}  # every explainer by its name
@@ -88,6 +90,7 @@ def register_explainer(
     *names: str,  # the names that the function serves
     unable: Callable[[nn.Module], str | None] | None = None,  # says why a detector cannot be served, None if it can
     rescale: Callable[[Tensor, dict], Tensor] = by_maximum,  # what makes maps of raw maps, where they are put together from windows
+    first: bool = False,  # whether it goes before the others, because it leaves activations and logits that they can use
     **options: object,  # the options that the function takes, with their defaults
 ) -> Callable:
     """Decorator that puts an explainer, or several that share their work, into `EXPLAINERS`.
@@ -100,7 +103,7 @@ def register_explainer(
 
     def register(function: Callable) -> Callable:
         for name in names:
-            EXPLAINERS[name] = Explainer(name, function, dict(options), unable or (lambda detector: None), rescale)
+            EXPLAINERS[name] = Explainer(name, function, dict(options), unable or (lambda detector: None), rescale, first)
         return function
 
     return register
@@ -208,7 +211,7 @@ def explain_many(
     """
     requests = check_explainers(detector, methods, options)
     groups: dict[Callable, dict[str, dict]] = {}
-    for name, given in requests.items():
+    for name, given in sorted(requests.items(), key=lambda request: not EXPLAINERS[request[0]].first):
         groups.setdefault(EXPLAINERS[name].function, {})[name] = given
     with undisturbed(detector):
         question = Question(detector, *_question_tensors(detector, images, target), need_rgba)
