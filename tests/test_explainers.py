@@ -105,7 +105,7 @@ def test_many_equals_one_by_one_and_batches_equal_single_images(images):
     assert list(together) == names
     for name in names:
         alone = explain(detector, images, name)
-        assert torch.allclose(alone.maps, together[name].maps, atol=1e-6)
+        assert torch.allclose(alone.maps, together[name].maps, atol=1e-4)  # activations are weighted in float32
         for n in range(3):
             assert torch.allclose(explain(detector, images[n : n + 1], name).maps[0], alone.maps[n], atol=1e-6)
 
