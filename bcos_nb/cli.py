@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'MANY_PICTURES', 'TASKS', 'search_app', 'SearchFolder', 'SearchStorage', 'SearchName', 'explained',
            'tell', 'check', 'show_findings', 'forge', 'forge_here', 'took', 'read_jobs', 'preset_of', 'forge_missing',
-           'finish_task', 'report_failures', 'run', 'report', 'explore_folder', 'lab', 'prepare', 'pack',
+           'finish_task', 'show_games', 'report_failures', 'run', 'report', 'explore_folder', 'lab', 'prepare', 'pack',
            'report_is_current', 'demo', 'search_run', 'opened_search', 'search_status', 'search_best', 'search_report',
            'main']
 
@@ -115,7 +115,6 @@ def show_findings(found) -> None:
         console.print(f"{severity:<8}", end="", style=dict(error="red", warning="yellow", notice="cyan")[severity], markup=False)
         console.print(f"{dataset} {', '.join(where[:3])}".strip() + f"{more}: {first['what']}: {rows['count'].sum():,} ({first['example']}). {first['remedy']}", markup=False)
 
-
 # %% ../nbs/cli.ipynb #4fbf81c4
 @app.command()
 @explained
@@ -150,7 +149,7 @@ def took(begin: float) -> str:  # such as 3:07
     return clock(time.monotonic() - begin)
 
 # %% ../nbs/cli.ipynb #e589805f
-TASKS = {"detection": ("detect",), "localization": ("mask_game", "grid_game")}  # words for the part of a preset that is asked for
+TASKS = {"detection": ("detect",), "games": ("mask_game", "grid_game"), "localization": ("mask_game", "grid_game")}  # words for the part of a preset that is asked for
 
 
 def read_jobs(
@@ -216,6 +215,9 @@ def finish_task(task: str, runs: Path) -> None:
 
         write_report(runs)
         return
+    if task == "games":
+        show_games(runs)
+        return
     from rich.table import Table
 
     from bcos_nb.reports.detection_tables import DETECTION_TABLES, all_tables, plain_table, write_tables
@@ -236,6 +238,26 @@ def finish_task(task: str, runs: Path) -> None:
     tell(f"All seven tables: {page.resolve()}; as CSV beside it: {', '.join(f'detection_{number}.csv' for number in DETECTION_TABLES)}.", "green")
 
 
+def show_games(runs: Path) -> None:
+    """Writes the localization tables and figures, and prints Tables III and IV."""
+    from rich.table import Table
+
+    from bcos_nb.reports.localization_tables import localization_table_cells, plain_localization, write_localization
+    from bcos_nb.reports.page import STYLE
+
+    page = write_localization(runs, style=STYLE)
+    console = Console(highlight=False)
+    for number, game in (("III", "grid"), ("IV", "mask")):
+        content = plain_localization(localization_table_cells(runs, number))
+        table = Table(title=f"\nTable {number}: {game} pointing game at threshold 0; ours, its 95 % interval (the study's)", box=None, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
+        for name in ("", *content.columns):
+            table.add_column(str(name), no_wrap=True)
+        for name, row in zip(content.index, content.to_numpy()):
+            table.add_row(str(name), *map(str, row))
+        console.print(table)
+    tell(f"All tables and figures of the games: {page.resolve()}; their numbers as CSV beside it.", "green")
+
+
 def report_failures(table, runs: Path) -> None:
     """Raises RuntimeError with the reason of every run that is not complete; those that only waited for such a one are counted."""
     broken = table[table.status.isin(["failed", "busy"])]
@@ -251,8 +273,8 @@ def report_failures(table, runs: Path) -> None:
 @app.command()
 @explained
 def run(
-    grid: Annotated[str, typer.Argument(help="A preset (demo), or a YAML file with a preset or a grid; or detection or localization, that part of --preset.")],
-    preset: Annotated[Optional[str], typer.Option(help="With detection or localization: the preset. Default: mini.", show_default=False)] = None,
+    grid: Annotated[str, typer.Argument(help="A preset (demo), or a YAML file with a preset or a grid; or detection, games or localization, that part of --preset.")],
+    preset: Annotated[Optional[str], typer.Option(help="With detection, games or localization: the preset. Default: mini.", show_default=False)] = None,
     out: Annotated[Optional[Path], typer.Option(help="Folder of the runs. Default: runs/<name>.", show_default=False)] = None,
     data: Annotated[Optional[Path], typer.Option(help="Root of the dataset. Default: the preset's.", show_default=False)] = None,
     jobs: Annotated[Optional[int], typer.Option(help="Runs at once. Default: one for each GPU, or share of the processor.", show_default=False, min=1)] = None,
