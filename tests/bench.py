@@ -36,7 +36,7 @@ from bcos.modules import norms as reference_norms
 
 from bcos_nb.data import Frames
 from bcos_nb.explainers import explain, explain_many
-from bcos_nb.games import localization_scores
+from bcos_nb.games import build_grids, localization_scores, play_grid_game
 from bcos_nb.layers import BcosConv2d
 from bcos_nb.layers.dynamic_linear import without_weight_gradients
 from bcos_nb.models import create_detector
@@ -332,7 +332,8 @@ def rows_of_explanations(settings, device):
         agree(name, answers[name].maps, theirs_[name], 1e-2)
     with torch.no_grad():
         passes = statistics.median(seconds(lambda: network(images)) for _ in range(3))
-    cams = measured(f"four CAMs of {settings.batch} images, a second", lambda: explain_many(network, images, CAMS), four_of_theirs, settings.repeats, beside="grad-cam, batched")
+    cams = measured(f"four CAMs of {settings.batch} images, a second", lambda: explain_many(network, images, CAMS), four_of_theirs, settings.repeats, beside="grad-cam, batched",
+                    at_least=8 if device.type == "cpu" else None)
     yield cams | dict(note=f"in forward passes: {cams['ours_s'] / passes:.1f} / {cams['theirs_s'] / passes:.1f}")
 
 
@@ -358,8 +359,65 @@ def rows_of_games(settings, device):
     maps, regions = maps.to(device), regions.to(device)
     agree("localization", localization_scores(maps[:some], regions[:some], thresholds)["weighted"], loop(), 1e-3)
     scores = measured(f"localization scores of {count} maps of {side} px, {len(thresholds)} thresholds, a second",
-                      lambda: localization_scores(maps, regions, thresholds), loop, 3, share=share, warm_up=0, beside="NumPy loop")
+                      lambda: localization_scores(maps, regions, thresholds), loop, 3, share=share, warm_up=0, beside="NumPy loop", at_least=30)
     yield scores | dict(note=f"ours gives both weightings, the loop one; the loop was timed on {some} maps and scaled to {count}")
+    few = partial(localization_scores, maps[:200], regions[:200])
+    many, eleven = turns(dict(many=partial(few, thresholds), eleven=partial(few, thresholds[::10])), 5).values()
+    yield row(f"localization scores of 200 maps of {side} px, 101 thresholds", many, eleven, beside="11 thresholds", at_most=1.3)
+    yield whole_grid_game(settings, device)
+
+
+def whole_grid_game(settings, device):
+    """Grids to scores, all CAM methods and B-cos, beside the same work put together from the packages and a loop."""
+    import pytorch_grad_cam
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    cell, count, share = settings.side // 2, 100, 0.04
+    ours, theirs = twins(settings.arch, 2, device)
+    generator = torch.Generator().manual_seed(0)
+    faces = torch.randint(0, 256, (900, 3, cell, cell), dtype=torch.uint8, generator=generator)
+    labels = (torch.arange(900) < count).long()
+    names = [str(k) for k in range(900)]
+    catalog = pd.DataFrame(dict(frame=names, mask=None, video=names, label=labels.numpy(), method="noise", source_frame=None))
+    grids = build_grids(ours, Frames(faces, None, labels, names, catalog), count=count, scores=catalog.assign(probability=0.1 + 0.8 * labels.numpy()))
+    methods = dict(zip(CAMS, (pytorch_grad_cam.GradCAM, pytorch_grad_cam.GradCAMPlusPlus, pytorch_grad_cam.XGradCAM, pytorch_grad_cam.LayerCAM)))
+    layer, thresholds = theirs.layer4[-1], [k / 10 for k in range(11)]
+
+    class OfImages(torch.nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, images):
+            return self.network(encoded(images))
+
+    network, some = OfImages(theirs).eval(), round(count * share)
+
+    def loop():
+        scores = {}
+        for k in range(some):
+            image, region = grids.images([k]).to(device), grids.regions([k])[0].numpy()
+            maps = {name: None for name in methods}
+            for name, method in methods.items():
+                with method(network, [layer]) as cam:
+                    maps[name] = cam(image, [ClassifierOutputTarget(1)])[0]
+            maps["bcos"] = np.asarray(theirs.explain(encoded(image).requires_grad_(), idx=1)["explanation"])[..., 3]
+            for name, one in maps.items():
+                for threshold in thresholds:
+                    kept = np.where(one >= threshold, one, 0)
+                    for weighting, weight in (("weighted", kept), ("unweighted", kept > 0)):
+                        total = weight.sum()
+                        scores[name, weighting, threshold, k] = weight[region].sum() / total if total > 0 else 0
+        return scores
+
+    table = play_grid_game(ours, grids.frames, ["bcos", *CAMS], thresholds=thresholds, grids=grids)
+    wanted, names_ = loop(), grids.names()
+    found = table.set_index(["explainer", "weighting", "threshold", "sample"])["score"]
+    for name in ("bcos", "gradcam", "layercam"):
+        agree(f"grid game, {name}", found.loc[[(name, "weighted", 0.0, names_[k]) for k in range(some)]].to_numpy(), [wanted[name, "weighted", 0.0, k] for k in range(some)], 2e-2)
+    game = measured(f"grid game, {count} grids of 3 x 3 faces of {cell} px, four CAMs and B-cos", lambda: play_grid_game(ours, grids.frames, ["bcos", *CAMS], thresholds=thresholds, grids=grids),
+                    loop, 3, share=share, warm_up=0, beside="grad-cam, bcos and a loop over grids", b=2, at_least=5)
+    return game | dict(note=f"11 thresholds, both weightings; theirs was timed on {some} grids and scaled to {count}")
 
 
 def rows_of_training(settings, device):
