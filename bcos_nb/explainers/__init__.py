@@ -14,6 +14,7 @@ from bcos_nb.explainers.attribution import (
 from bcos_nb.explainers.bcos import alpha_maps, colour_images
 from bcos_nb.explainers.cam import CAMS
 from bcos_nb.explainers.windows import explain_windows
+from bcos_nb.explainers.lime import LocalModels, local_models, superpixels
 from bcos_nb.explainers.baselines import mean_mask  # after the explainers that it is the control of
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "EXPLAINERS",
     "Attribution",
     "Explainer",
+    "LocalModels",
     "Question",
     "alpha_maps",
     "check_explainers",
@@ -28,7 +30,9 @@ __all__ = [
     "explain",
     "explain_many",
     "explain_windows",
+    "local_models",
     "mean_mask",
     "register_explainer",
+    "superpixels",
     "usable_explainers",
 ]
