@@ -13,10 +13,12 @@ from bcos_nb.explainers.attribution import (
 )
 from bcos_nb.explainers.bcos import alpha_maps, colour_images
 from bcos_nb.explainers.cam import CAMS
+from bcos_nb.explainers.captum_methods import CAPTUM
 from bcos_nb.explainers.baselines import mean_mask  # after the explainers that it is the control of
 
 __all__ = [
     "CAMS",
+    "CAPTUM",
     "EXPLAINERS",
     "Attribution",
     "Explainer",
