@@ -14,6 +14,7 @@ from bcos_nb.explainers.attribution import (
 from bcos_nb.explainers.bcos import alpha_maps, colour_images
 from bcos_nb.explainers.cam import CAMS
 from bcos_nb.explainers.captum_methods import CAPTUM
+from bcos_nb.explainers.rise import soft_masks
 from bcos_nb.explainers.baselines import mean_mask  # after the explainers that it is the control of
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "explain_many",
     "mean_mask",
     "register_explainer",
+    "soft_masks",
     "usable_explainers",
 ]
