@@ -8,12 +8,20 @@ from bcos_nb.layers import explanation_mode
 from bcos_nb.models import create_detector, list_detectors
 
 CAMS = ("gradcam", "gradcam++", "xgradcam", "layercam")
+QUICK = {  # options that keep the methods of many passes cheap
+    "integrated_gradients": dict(n_steps=4), "smoothgrad": dict(nt_samples=3), "occlusion": dict(sliding_window_shapes=24, strides=24),
+    "kernel_shap": dict(cells=3, n_samples=30), "rise": dict(samples=16),
+}
 DETECTORS = [(arch, b) for arch in ("resnet10", "resnet18") if arch in list_detectors() for b in (None, 1.0, 1.75, 2.5)]
 
 
 @pytest.fixture(scope="module")
 def images():
     return torch.rand(3, 3, 80, 96, generator=torch.Generator().manual_seed(0))
+
+
+def quick(names):
+    return {name: QUICK[name] for name in names if name in QUICK}
 
 
 def detector_of(arch, b, seed=0):
@@ -92,7 +100,8 @@ def test_every_usable_explainer_gives_maps_in_the_unit_interval(arch, b, images)
     detector = detector_of(arch, b)
     with torch.no_grad():
         logits = detector(images)
-    for name, answer in explain_many(detector, images, usable_explainers(detector)).items():
+    names = usable_explainers(detector)
+    for name, answer in explain_many(detector, images, names, options=quick(names)).items():
         assert answer.method == name and answer.maps.shape == (3, 80, 96) and answer.maps.dtype == torch.float32
         assert answer.maps.min() >= 0 and answer.maps.max() <= 1 and not answer.maps.requires_grad
         assert torch.allclose(answer.logits, logits, atol=1e-4) and not answer.logits.requires_grad
@@ -101,13 +110,13 @@ def test_every_usable_explainer_gives_maps_in_the_unit_interval(arch, b, images)
 def test_many_equals_one_by_one_and_batches_equal_single_images(images):
     detector, images = detector_of("resnet10", 2).double(), images.double()
     names = usable_explainers(detector)
-    together = explain_many(detector, images, names)
+    together = explain_many(detector, images, names, options=quick(names))
     assert list(together) == names
     for name in names:
-        alone = explain(detector, images, name)
+        alone = explain(detector, images, name, **QUICK.get(name, {}))
         assert torch.allclose(alone.maps, together[name].maps, atol=1e-4)  # activations are weighted in float32
         for n in range(3):
-            assert torch.allclose(explain(detector, images[n : n + 1], name).maps[0], alone.maps[n], atol=1e-6)
+            assert torch.allclose(explain(detector, images[n : n + 1], name, **QUICK.get(name, {})).maps[0], alone.maps[n], atol=1e-4)
 
 
 def test_an_explanation_leaves_the_detector_as_it_was(images):
@@ -123,7 +132,8 @@ def test_an_explanation_leaves_the_detector_as_it_was(images):
     def fails(question, requests):
         raise KeyError("on purpose")
 
-    explain_many(detector, given, usable_explainers(detector)[:-1])
+    names = usable_explainers(detector)[:-1]
+    explain_many(detector, given, names, options=quick(names))
     with pytest.raises(KeyError):
         explain_many(detector, given, ["bcos", "gradcam", "fails"])
     del EXPLAINERS["fails"]

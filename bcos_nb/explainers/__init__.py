@@ -15,10 +15,13 @@ from bcos_nb.explainers.bcos import alpha_maps, colour_images
 from bcos_nb.explainers.cam import CAMS
 from bcos_nb.explainers.windows import explain_windows
 from bcos_nb.explainers.lime import LocalModels, local_models, superpixels
+from bcos_nb.explainers.captum_methods import CAPTUM
+from bcos_nb.explainers.rise import soft_masks
 from bcos_nb.explainers.baselines import mean_mask  # after the explainers that it is the control of
 
 __all__ = [
     "CAMS",
+    "CAPTUM",
     "EXPLAINERS",
     "Attribution",
     "Explainer",
@@ -34,5 +37,6 @@ __all__ = [
     "mean_mask",
     "register_explainer",
     "superpixels",
+    "soft_masks",
     "usable_explainers",
 ]
