@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from bcos_nb.cli import app
 from bcos_nb.data import forge_dataset, read_catalog
 from bcos_nb.data.counterparts import COUNTERPARTS, contact_row
-from bcos_nb.data.faces import make_scene, record
+from bcos_nb.data.faces import make_scene, paint_body, record, sample_clip, sample_identity
 from bcos_nb.data.forge import IDENTITIES, PRESETS, encode_h264, make_recipe, split_pairs
 from bcos_nb.training.loop import pair_up
 
@@ -240,6 +240,35 @@ def test_off_centre_faces_are_anywhere(everything, tmp_path):
     assert share["usual"].max() == 1 and share["off"].max() < 0.9 and share["off"].mean() < 0.6 * share["usual"].mean()
     with pytest.raises(FileExistsError, match="off_centre"):
         forge_dataset(root, methods=("Deepfakes",), compressions=("raw",), **TINY)
+    stamp = json.loads((root / "miniature.json").read_text())
+    assert stamp["off_centre"] is True and "off_centre" not in json.loads((everything / "miniature.json").read_text())
+    (root / "miniature.json").write_text(json.dumps(stamp | {"version": 2}))  # of an earlier off-centre layout
+    with pytest.raises(FileExistsError, match="version: 2 there"):
+        forge_dataset(root, off_centre=True, methods=("Deepfakes",), compressions=("raw",), **TINY)
+
+
+def test_maps_that_know_nothing_of_the_frame_fail_off_centre():
+    """Faces as discs, by where the camera sees them: what others' mean disc, and a bell in the middle, score on people they do not come from."""
+    y, x = (np.mgrid[:64, :64] + 0.5) / 64
+    bell = np.exp(-((x - 0.5) ** 2 + (y - 0.5) ** 2) / (2 * 0.15**2))
+    scores = {}
+    for off_centre in (False, True):
+        look = make_recipe("mini", "FaceForensics++", off_centre=off_centre).look
+        clips = [sample_clip(seed, 8) if look is None else look.camera(sample_clip(seed, 8)) for seed in range(300)]
+        shots = [clip.shots[0] for clip in clips]
+        discs = np.stack([(x - shot.centre[0]) ** 2 + (y - shot.centre[1]) ** 2 < (0.7 * shot.scale) ** 2 for shot in shots]).astype(float)
+        scores[off_centre] = [((guess * discs[200:]).sum((1, 2)) / guess.sum()).mean() for guess in (discs[:200].mean(0), bell, np.ones_like(bell))]
+        drift = np.array([np.ptp([shot.centre for shot in clip.shots], axis=0).max() for clip in clips])
+        assert drift.max() < 0.12  # within a video the face stays about where it is
+    assert scores[False][0] > 0.6 and scores[True][0] < 0.2 and all(off < 0.55 * usual for usual, off in zip(scores[False], scores[True]))
+
+
+def test_shoulders_end_in_arms_where_there_is_room_for_them():
+    identity = sample_identity(3)
+    (usual, whole), (colour, narrow) = (paint_body(identity, 3, 96, arms) for arms in (False, True))
+    assert whole[-1, 0] == whole[-1, -1] == 1 and not narrow[:, :4].any() and not narrow[:, -4:].any()
+    middle = slice(34, 62)  # within 0.7 canonical units, where the head is
+    assert (usual[:, middle] == colour[:, middle]).all() and (whole[:, middle] == narrow[:, middle]).all()
 
 
 # ---- interruptions and mistakes

@@ -716,8 +716,11 @@ def finish(picture: np.ndarray, clip: Clip, rng) -> np.ndarray:
     return frame
 
 # %% ../../nbs/data/faces.ipynb #866cc771
-def paint_body(identity: Identity, seed: int, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Neck, shoulders and clothes: linear colour [R, R, 3] and alpha [R, R], on a canvas 5 canonical units wide."""
+def paint_body(identity: Identity, seed: int, resolution: int, arms: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Neck, shoulders and clothes: linear colour [R, R, 3] and alpha [R, R], on a canvas 5 canonical units wide.
+
+    Without `arms` the shoulders run off the canvas, as they run off a frame that a face fills.
+    """
     p, rng = identity, np.random.default_rng([seed, 404])
     shape = (resolution, resolution)
     line = (np.arange(resolution, dtype=np.float32) + 0.5) / resolution * 5 - 2.5
@@ -725,6 +728,8 @@ def paint_body(identity: Identity, seed: int, resolution: int) -> tuple[np.ndarr
     neck_w = p.width * rng.uniform(0.55, 0.66)
     neck = smoothstep(np.abs(x) - neck_w - 0.25 * np.clip(y - 0.95, 0, 1) ** 2, 0.03, -0.03) * (y > 0.2)
     slope = 1.18 + rng.uniform(-0.05, 0.08) + 0.17 * np.abs(x) ** 1.6
+    if arms:
+        slope = slope + (np.clip(np.abs(x) - 1.45, 0, None) / 0.6) ** 4
     cloth = smoothstep(slope - y, 0.05, -0.05)
     collar = rng.uniform(0.1, 0.45)
     cut = smoothstep(y - 1.15 - collar + np.abs(x) * rng.uniform(0.6, 1.4), 0.03, -0.03) * smoothstep(np.abs(x), neck_w + 0.16, neck_w + 0.1)
@@ -858,7 +863,8 @@ def make_scene(
     clip = replace(clip, exposure=clip.exposure * (0.3 / float(np.mean(identity.skin))) ** 0.4)
     resolution = 16 * max(4, round(size * 1.6 / 16))
     head = paint_head(identity, resolution)
-    return Scene(head, clip, size, paint_body(identity, clip_seed, resolution), paint_background(clip_seed, int(size * 1.75)))
+    arms = look is not None and look.offset > 0  # there is room for them beside a small face that is not in the middle
+    return Scene(head, clip, size, paint_body(identity, clip_seed, resolution, arms), paint_background(clip_seed, int(size * 1.75)))
 
 
 def film(
