@@ -28,7 +28,13 @@ def images():
 
 def detector_of(arch, b, sharpness=1.0):
     torch.manual_seed(1)
-    detector = create_detector(arch, b=b, width=0.25, image_size=64).eval()
+    detector = create_detector(arch, b=b, width=0.25, image_size=64)
+    for layer in detector.modules():
+        if hasattr(layer, "running_var"):
+            layer.momentum = 1.0
+    with torch.no_grad():  # statistics of something, without which a deep untrained B-cos network says 1e-30
+        detector.train()(torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(2)))
+    detector.eval()
     return Sharpened(detector, sharpness).eval() if sharpness != 1 else detector
 
 
