@@ -70,7 +70,7 @@ def show_examples(
 
     faces, answers = example_faces(), explain_examples(methods, options)
     columns = [key for key in answers]
-    figure, axes = plt.subplots(3, 1 + len(columns), figsize=(1.5 * (1 + len(columns)), 4.9), squeeze=False, constrained_layout=True)
+    figure, axes = plt.subplots(3, 1 + len(columns), figsize=(1.3 * (1 + len(columns)), 4.2), dpi=72, squeeze=False, constrained_layout=True)
     for row, image, mask, made_by in zip(axes, faces.images, faces.masks, faces.methods):
         row[0].imshow(image.permute(1, 2, 0))
         row[0].set_title(made_by, fontsize=7)
