@@ -337,6 +337,52 @@ def rows_of_explanations(settings, device):
     yield cams | dict(note=f"in forward passes: {cams['ours_s'] / passes:.1f} / {cams['theirs_s'] / passes:.1f}")
 
 
+def rows_of_lime(settings, device):
+    """Cost is linear in the images, so on a processor, where 32 of them take minutes, both are timed on four."""
+    import lime.lime_image
+
+    from bcos_nb.data.faces import make_scene, record
+    from bcos_nb.explainers.lime import SEGMENTS
+
+    gpu, whole, samples = device.type == "cuda", 32, 256
+    count, theirs_count, batch_size = (whole, 4, 256) if gpu else (4, 4, 32)
+    faces = np.stack([record(make_scene(identity, 0, 1, settings.side))[0][0] for identity in range(count)])
+    images = torch.from_numpy(faces).permute(0, 3, 1, 2).contiguous().float().to(device) / 255
+    pictures_ = list(images[:theirs_count].double().permute(0, 2, 3, 1).cpu().numpy())
+
+    for b in (None, 2) if gpu else (None,):
+        torch.manual_seed(0)
+        network = create_detector(settings.arch, b=b).to(device).eval()
+
+        def classifier(pictures):
+            with torch.no_grad():
+                return network(torch.from_numpy(pictures).permute(0, 3, 1, 2).float().to(device)).softmax(1).cpu().numpy()
+
+        def theirs(pictures=pictures_):
+            explainer = lime.lime_image.LimeImageExplainer(random_state=0)
+            options = dict(labels=(1,), top_labels=None, hide_color=0, num_samples=samples, batch_size=batch_size, random_seed=42)
+            return [explainer.explain_instance(picture, classifier, **options) for picture in pictures]
+
+        def ours(images=images):
+            return explain(network, images, "lime", samples=samples, batch_size=batch_size)
+
+        def ours_cold():
+            SEGMENTS.clear()
+            return ours()
+
+        lime.lime_image.tqdm = list  # no progress bars, which only cost it time
+        first, answer = theirs(pictures_[:1])[0], ours(images[:1])
+        weights = np.array([weight for _, weight in sorted(first.local_exp[1])])
+        agree("LIME", answer.contributions[0], weights[first.segments])
+        taken = turns(dict(cold=ours_cold, warm=ours, theirs=theirs), settings.repeats if gpu else 2, warm_up=1 if gpu else 0)
+        beside, about = [s * whole / theirs_count for s in taken["theirs"]], dict(beside=f"lime, batch size {batch_size} as ours", b=b, times=True)
+        on, spread = f"{'ours on all, theirs' if gpu else 'both'} timed on {theirs_count} images and scaled to {whole}", whole / count
+        superpixels = int(answer.contributions[0].unique().numel())
+        yield row(f"LIME of {whole} images, {samples} samples, a second", [s * spread for s in taken["cold"]], beside, at_least=4 if gpu else 1.1, note=f"superpixels cut anew by both, {superpixels} in the first image; {on}", **about)
+        yield row(f"LIME of {whole} images, {samples} samples, superpixels remembered, a second", [s * spread for s in taken["warm"]], beside,
+                  note=f"as for every detector after the first that is asked about the same frames; theirs cuts anew; {on}", **about)
+
+
 def rows_of_games(settings, device):
     generator = torch.Generator().manual_seed(0)
     count, side, share = 1000, settings.side, 0.05
@@ -642,7 +688,7 @@ def resident_of_an_epoch(catalog, root, place, times):
     return float(done.stdout)
 
 
-ROWS = dict(forward=rows_of_forward, steps=rows_of_steps, compiled=rows_of_compiled, memory=rows_of_memory, explanations=rows_of_explanations,
+ROWS = dict(forward=rows_of_forward, steps=rows_of_steps, compiled=rows_of_compiled, memory=rows_of_memory, explanations=rows_of_explanations, lime=rows_of_lime,
             layers=rows_of_layers, games=rows_of_games, training=rows_of_training, catalog=rows_of_catalog, loading=rows_of_loading, forging=rows_of_forging)
 COLUMNS = ("room work beside b precision ours_s theirs_s ratio lowest highest ratio_is target reached ours_mb theirs_mb repeats note "
            "arch side batch torch device cpu cores threads gpu python date disturbed").split()

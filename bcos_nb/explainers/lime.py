@@ -185,9 +185,10 @@ def perturbed_logits(
     parts: Iterable[tuple[Tensor, Tensor]],  # (segments [H, W], present [S, K]) of each image, in order
     hide_color: float | Sequence[float] | None = 0.0,
     batch_size: int = 32,
-) -> Tensor:  # [N, S, 2], float32
+) -> Tensor:  # [N, S, 2], at least float32
     "The detector's answers to all samples of all images, at most `batch_size` perturbed images at a time."
     images, answers, filled = question.images, [], 0
+    precision = torch.promote_types(images.dtype, torch.float32)
     layout = torch.channels_last if images.device.type == "cpu" else torch.contiguous_format
     batch = torch.empty(batch_size, *images.shape[1:], dtype=images.dtype, device=images.device).contiguous(memory_format=layout)
     with torch.no_grad():
@@ -198,10 +199,10 @@ def perturbed_logits(
                 hide(image, hidden, segments, rows, out=batch[filled : filled + len(rows)])
                 filled += len(rows)
                 if filled == batch_size:
-                    answers.append(question.detector(batch).float())
+                    answers.append(question.detector(batch).to(precision))
                     filled = 0
         if filled:
-            answers.append(question.detector(batch[:filled]).float())
+            answers.append(question.detector(batch[:filled]).to(precision))
     return torch.cat(answers).view(len(images), -1, answers[0].shape[1])
 
 # %% ../../nbs/explainers/lime.ipynb #3fdce62b
