@@ -1,6 +1,8 @@
 """The one localization score, and the two pointing games that use it."""
 
 from bcos_nb.games.grid import GRID_MEASURES, Grids, build_grids, frame_batch, play_grid_game
+from bcos_nb.games.departure import DEPARTURES, departed, play_departure
+from bcos_nb.games.grid import Grids, build_grids, frame_batch, play_grid_game
 from bcos_nb.games.localization import SCORE_COLUMNS, THRESHOLDS, localization_scores, score_table, specificity
 from bcos_nb.games.mask import mask_area, masked_fakes, play_mask_game
 from bcos_nb.games.measures import MEASURES, OtherRegions, forgery_strength, score_maps
@@ -9,6 +11,7 @@ from bcos_nb.games.statistics import box_data, compare_explainers, describe_samp
 __all__ = [
     "GRID_MEASURES",
     "MEASURES",
+    "DEPARTURES",
     "SCORE_COLUMNS",
     "THRESHOLDS",
     "Grids",
@@ -19,10 +22,12 @@ __all__ = [
     "build_grids",
     "compare_explainers",
     "describe_samples",
+    "departed",
     "frame_batch",
     "localization_scores",
     "mask_area",
     "masked_fakes",
+    "play_departure",
     "play_grid_game",
     "play_mask_game",
     "score_maps",

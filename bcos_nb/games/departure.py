@@ -57,8 +57,9 @@ def surroundings(
     images: Tensor,  # [N, 3, H, W]
     size: tuple[int, int],  # (height, width) of the result
 ) -> Tensor:  # [N, 3, height, width]
-    """What is left of the images at 4 × 4 pixels, smoothly enlarged."""
-    return F.interpolate(F.adaptive_avg_pool2d(images, 4), size, mode="bicubic").clamp(0, 1)
+    """Each image's mean colour along its border, everywhere."""
+    edges = (images[..., 0, :], images[..., -1, :], images[..., 1:-1, 0], images[..., 1:-1, -1])
+    return torch.cat(edges, -1).mean(-1)[..., None, None].expand(*images.shape[:2], *size)
 
 
 def laid(
@@ -208,8 +209,10 @@ def departed(
         return images, untouched(masks)
     available = 0 if others is None else len(others)
     if departure.neighbours and (available < departure.neighbours or others.shape[1:] != images.shape[1:]):
-        given = "none" if others is None else list(others.shape)
-        raise ValueError(f"{family} needs at least {departure.neighbours} other faces of the images' size, others=[M, {', '.join(map(str, images.shape[1:]))}], got {given}.")
+        raise ValueError(
+            f"{family} needs at least {departure.neighbours} other faces of the images' size, others=[M, {', '.join(map(str, images.shape[1:]))}],"
+            f" got {'none' if others is None else list(others.shape)}."
+        )
     drawn = draw(numbers, seed, available if departure.neighbours else 0)
     return departure.function(images, masks, departure.values[step], drawn, others)
 
@@ -232,7 +235,8 @@ def score_step(
     for name, control in controls.items():
         times = [side // own for side, own in zip(images.shape[-2:], control.shape)]
         maps[name] = control.to(images.device).repeat(times).expand(len(images), -1, -1)
-    scores = {region: {name: localization_scores(some, inside, thresholds) for name, some in maps.items()} for region, inside in regions.items()}
+    scores = {region: {name: localization_scores(some, inside, thresholds) for name, some in maps.items()}
+              for region, inside in regions.items()}
     return logits.double().softmax(1)[:, 1].cpu().numpy(), scores
 
 
@@ -263,7 +267,8 @@ def steps_of(images, masks, rows, families, seed, others, batch_size):
         size = max(1, batch_size // cells[step]) if cells else batch_size
         for first in range(0, len(rows), size):
             part = slice(first, first + size)
-            yield family, step, *departed(images[part], None if masks is None else masks[part], family, step, seed, numbers=rows[part], others=others)
+            inside = None if masks is None else masks[part]
+            yield family, step, *departed(images[part], inside, family, step, seed, numbers=rows[part], others=others)
 
 
 def real_pool(
@@ -284,8 +289,10 @@ def real_pool(
 def check_departure(detector, frames, explainers, families, controls, options) -> tuple[np.ndarray, np.ndarray]:  # rows of fakes and of real frames
     "ValueError for what cannot be played, before any work is done."
     both = sorted(set(explainers) & set(controls))
-    if both or not (len(explainers) or controls):
-        raise ValueError(f"{', '.join(both)} is both explainer and control: rename the control." if both else "Name an explainer or a control to be scored.")
+    if both:
+        raise ValueError(f"{', '.join(both)} is both explainer and control: rename the control.")
+    if not (len(explainers) or controls):
+        raise ValueError("Name an explainer or a control to be scored.")
     if len(explainers):
         check_explainers(detector, explainers, options)
     unknown = [family for family in families if family not in DEPARTURES]
@@ -300,7 +307,10 @@ def check_departure(detector, frames, explainers, families, controls, options) -
         raise ValueError("There is no fake (label 1) among these frames, and only fakes have something to point at.")
     needy = [family for family in families if DEPARTURES[family].neighbours > len(reals)]
     if needy:
-        raise ValueError(f"{', '.join(needy)} needs {DEPARTURES[needy[0]].neighbours} real frames for its other cells, and there are {len(reals)}: load real frames as well, or leave it out.")
+        raise ValueError(
+            f"{', '.join(needy)} needs {DEPARTURES[needy[0]].neighbours} real frames for its other cells, and there are {len(reals)}:"
+            " load real frames as well, or leave it out."
+        )
     return fakes, reals
 
 # %% ../../nbs/games/departure.ipynb #d4daa731
@@ -322,22 +332,25 @@ def play_departure(
 ) -> pd.DataFrame:  # SCORE_COLUMNS, then family, step, value, region, chance, probability, auc
     """Localization of each explainer, and detection, at every step of every family.
 
-    `region` is "mask" or "cell"; at step 0 a cell is everything, so it is left out. `chance` is the region's share of the image, `probability` the detector's p(fake) of
-    this frame, `auc` that of the step (NaN without real frames). Fakes whose mask is empty are left out with a warning. Raises ValueError for what cannot be played, before any work is done.
+    `region` is "mask" or "cell"; at step 0 a cell is everything, so it is left out. `chance` is the region's share of the image,
+    `probability` the detector's p(fake) of this frame, `auc` that of the step (NaN without real frames). Fakes whose mask is empty
+    are left out with a warning. Raises ValueError for what cannot be played, before any work is done.
     """
     controls = controls or {}
-    fakes, reals = (spread(rows, count) for rows in check_departure(detector, frames, explainers, families, controls, options))
+    all_fakes, all_reals = check_departure(detector, frames, explainers, families, controls, options)
+    fakes, reals = spread(all_fakes, count), spread(all_reals, count)
     dataset, compression = origin(frames, dataset, compression)
     height, width = frame_size(frames)
     batch_size, device = batch_size or max(1, (1 << 20) // (height * width)), next(detector.parameters()).device
-    others = real_pool(detector, frames, np.flatnonzero(frames.catalog["label"].to_numpy() == 0), batch_size) if any(DEPARTURES[family].neighbours for family in families) else None
+    crowded = any(DEPARTURES[family].neighbours for family in families)
+    others = real_pool(detector, frames, spread(all_reals, 4 * REAL_POOL), batch_size) if crowded else None
     scores, chances, found, samples = {}, {}, {0: {}, 1: {}}, []
-    batches = [(label, rows) for label, chosen in ((1, fakes), (0, reals)) for rows in np.split(chosen, range(batch_size, len(chosen), batch_size)) if len(rows)]
+    batches = [(label, chosen[first:first + batch_size]) for label, chosen in ((1, fakes), (0, reals)) for first in range(0, len(chosen), batch_size)]
     for label, rows in tqdm(batches, desc="departure", unit="batch", disable=not progress):
         images, masks = frame_batch(frames, torch.as_tensor(rows), with_mask=label == 1)
         if label == 1:
             kept = masks.flatten(1).any(1)
-            images, masks, rows = images[kept], masks[kept].to(device), rows[kept.numpy()]
+            images, masks, rows = images[kept], masks[kept].to(device), rows[kept.cpu().numpy()]
             samples += frames.catalog["frame"].iloc[rows].tolist()
         if len(rows) == 0:
             continue
@@ -348,15 +361,17 @@ def play_departure(
                 probabilities, scored = score_step(detector, some, regions, explainers, thresholds, options, controls)
                 for region, by_name in scored.items():
                     chances.setdefault((family, step, region), []).append(regions[region].flatten(1).double().mean(1).cpu().numpy())
+                    kept_scores = scores.setdefault((family, step, region), {})
                     for name, part in by_name.items():
-                        scores.setdefault((family, step, region), {}).setdefault(name, []).append({weighting: score.cpu() for weighting, score in part.items()})
+                        kept_scores.setdefault(name, []).append({weighting: score.cpu() for weighting, score in part.items()})
             found[label].setdefault((family, step), []).append(probabilities)
     if not samples:
         raise ValueError("The mask of every fake is empty, so there is nothing to score: check the catalogue's mask column.")
     if len(samples) < len(fakes):
         warnings.warn(f"{len(fakes) - len(samples)} of {len(fakes)} fakes were left out because their masks are empty.", stacklevel=2)
     fixed = {"game": "departure", "detector": detector, "dataset": dataset, "compression": compression}
-    table = pd.concat([rows for key in ordered(scores, families) for rows in step_rows(key, scores, chances, found, thresholds, samples, fixed)], ignore_index=True)
+    keys = ordered(scores, families)
+    table = pd.concat([rows for key in keys for rows in step_rows(key, scores, chances, found, thresholds, samples, fixed)], ignore_index=True)
     table.attrs.update(frames=len(samples), reals=len(reals))
     return table
 

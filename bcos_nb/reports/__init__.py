@@ -1,4 +1,5 @@
 """The study's numbers, and every table and figure of it from your own runs, side by side."""
+from bcos_nb.reports.departure_figures import departure_figure, departure_means
 from bcos_nb.reports.figures import (
     b_colour, curve_colour, detection_against_localization, figure_png, grid_examples, heat_overlay, hero_figure, maps_across_b,
     mask_illustration, post_hoc_panel, threshold_curves, training_curves,
@@ -10,8 +11,8 @@ from bcos_nb.reports.tables import (
 )
 
 __all__ = [
-    "Examples", "Runs", "b_colour", "curve_colour", "detection_against_localization", "detection_table", "detector_name",
-    "explainer_name", "figure_png", "findings", "grid_examples", "heat_overlay", "hero_figure", "load_runs", "localization_table",
+    "Examples", "Runs", "b_colour", "curve_colour", "departure_figure", "departure_means", "detection_against_localization",
+    "detection_table", "detector_name", "explainer_name", "figure_png", "findings", "grid_examples", "heat_overlay", "hero_figure", "load_runs", "localization_table",
     "maps_across_b", "mask_illustration", "mean_scores", "method_table", "notebook_page", "paper_detection", "paper_localization",
     "post_hoc_panel", "read_paper", "threshold_curves", "training_curves", "write_report",
 ]

@@ -38,7 +38,10 @@ def departure_figure(
     *,
     region: str = "mask",  # or "cell": the whole frame's place, where it is only a part of the image
 ) -> go.Figure:
-    """Localization of every explainer, and detection of every detector, over the steps of each family. Raises ValueError where there is nothing to show."""
+    """Localization of every explainer, and detection of every detector, over the steps of each family.
+
+    Raises ValueError where there is nothing to show.
+    """
     means = departure_means(table, threshold, weighting)
     means = means[means["region"] == region]
     if means.empty:
@@ -51,8 +54,9 @@ def departure_figure(
         for kind, arch, b, explainer, rows in ordered_curves(here):
             control = explainer in CONTROLS
             name = explainer_name(explainer) if control else f"{explainer_name(explainer)}, {short_name(means, arch, b)}"
-            add_curve(figure, rows, "score", name, place, 1, color=curve_colour(explainer, b), dash="dot" if control else "solid" if explainer == "bcos" or pd.isna(b) else "dash",
-                      symbol=EXPLAINER_MARKERS.get(explainer, "circle"), rank=kind * 100)
+            dash = "dot" if control else "solid" if explainer == "bcos" or pd.isna(b) else "dash"
+            symbol = None if control else EXPLAINER_MARKERS.get(explainer, "circle")
+            add_curve(figure, rows, "score", name, place, 1, color=curve_colour(explainer, b), dash=dash, symbol=symbol, rank=kind * 100)
         add_curve(figure, here.drop_duplicates("step"), "chance", "share of the image", place, 1, color="#999999", dash="dot", symbol=None, rank=400)
         for (arch, b), rows in here.groupby(["arch", "b"], dropna=False, sort=False):
             rows, name = rows.drop_duplicates("step"), short_name(means, arch, b)
@@ -69,10 +73,22 @@ def departure_figure(
     return figure
 
 
-def add_curve(figure: go.Figure, rows: pd.DataFrame, column: str, name: str, place: int, row: int, *, color: str, dash: str, symbol: str | None, rank: int) -> None:
+def add_curve(
+    figure: go.Figure,
+    rows: pd.DataFrame,  # a row a step
+    column: str,  # what is drawn
+    name: str,  # in the legend
+    place: int,  # column of panels
+    row: int,  # of panels
+    *,
+    color: str,
+    dash: str,
+    symbol: str | None,  # None: a line without markers
+    rank: int,  # in the legend
+) -> None:
     """One line of one panel; its name stands in the legend once."""
     known = any(trace.name == name for trace in figure.data)
     rows = rows.sort_values("step")
-    figure.add_scatter(x=rows["step"], y=rows[column], name=name, legendgroup=name, showlegend=not known, legendrank=rank, mode="lines+markers" if symbol else "lines",
-                       line=dict(color=color, width=2, dash=dash), marker=dict(symbol=symbol or "circle", size=6), row=row, col=place,
-                       hovertemplate=f"<b>{name}</b><br>%{{x}}: %{{y:.3f}}<extra></extra>")
+    figure.add_scatter(x=rows["step"], y=rows[column], name=name, legendgroup=name, showlegend=not known, legendrank=rank, row=row, col=place,
+                       mode="lines+markers" if symbol else "lines", line=dict(color=color, width=2, dash=dash),
+                       marker=dict(symbol=symbol or "circle", size=6), hovertemplate=f"<b>{name}</b><br>%{{x}}: %{{y:.3f}}<extra></extra>")
