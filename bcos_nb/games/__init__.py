@@ -1,5 +1,6 @@
 """The one localization score, and the two pointing games that use it."""
 
+from bcos_nb.games.faithfulness import draw_faithfulness, faithfulness_areas, faithfulness_curves, play_faithfulness
 from bcos_nb.games.grid import Grids, build_grids, frame_batch, play_grid_game
 from bcos_nb.games.localization import SCORE_COLUMNS, THRESHOLDS, localization_scores, score_table, specificity
 from bcos_nb.games.mask import mask_area, masked_fakes, play_mask_game
@@ -13,10 +14,14 @@ __all__ = [
     "build_grids",
     "compare_explainers",
     "describe_samples",
+    "draw_faithfulness",
+    "faithfulness_areas",
+    "faithfulness_curves",
     "frame_batch",
     "localization_scores",
     "mask_area",
     "masked_fakes",
+    "play_faithfulness",
     "play_grid_game",
     "play_mask_game",
     "score_intervals",
