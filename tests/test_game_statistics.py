@@ -60,12 +60,13 @@ def test_cluster_bootstrap_equals_a_loop_over_frames_with_the_same_counts():
     counts = np.random.default_rng(5).multinomial(len(names), np.full(len(names), 1 / len(names)), size=200)
     for row in table.itertuples():
         own = scores[(scores["explainer"] == row.explainer) & (scores["b"].isna() == np.isnan(row.b))]
+        of_video = {name: own.loc[own["video"] == name, "score"].tolist() for name in names}
         means = []
         for count in counts:
             frames = []
             for name, times in zip(names, count):
                 for _ in range(times):
-                    frames += own.loc[own["video"] == name, "score"].tolist()
+                    frames += of_video[name]
             means.append(sum(frames) / len(frames))
         assert np.isclose(row.mean, own["score"].mean()) and (row.videos, row.samples) == (10, 37)
         assert np.allclose([row.low, row.high], np.percentile(means, [2.5, 97.5]), atol=1e-12)
