@@ -36,7 +36,7 @@ __all__ = [
     "local_models",
     "mean_mask",
     "register_explainer",
-    "superpixels",
     "soft_masks",
+    "superpixels",
     "usable_explainers",
 ]
