@@ -15,7 +15,7 @@ from bcos_nb.explainers.bcos import alpha_maps, colour_images
 from bcos_nb.explainers.cam import CAMS
 from bcos_nb.explainers.captum_methods import CAPTUM
 from bcos_nb.explainers.rise import soft_masks
-from bcos_nb.explainers.baselines import mean_mask  # after the explainers that it is the control of
+from bcos_nb.explainers.baselines import mean_mask, randomised  # after the explainers that they are the controls of
 
 __all__ = [
     "CAMS",
@@ -30,6 +30,7 @@ __all__ = [
     "explain",
     "explain_many",
     "mean_mask",
+    "randomised",
     "register_explainer",
     "soft_masks",
     "usable_explainers",
