@@ -418,3 +418,84 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
 def test_no_tracker_is_started_unasked(tmp_path):
     fit(tiny(), toy(40, 0), toy(20, 1), quick(epochs=1), tmp_path, progress=False)
     assert not (tmp_path / "trackers").exists() and Accelerator().trackers == []
+
+
+# ---- labels without meaning
+
+def paired(count, seed, fakes=2):
+    """Real frames of noise, and `fakes` fakes of each with a brighter corner."""
+    random = np.random.default_rng(seed)
+    real = random.normal(110, 25, (count, 3, 24, 24))
+    forged = np.concatenate([real + 8 * (k + 1) * (np.arange(24) < 8)[:, None] for k in range(fakes)])
+    names = [f"real{k}.png" for k in range(count)] + [f"fake{j}-{k}.png" for j in range(fakes) for k in range(count)]
+    labels = np.array([0] * count + [1] * count * fakes)
+    catalog = pd.DataFrame(dict(frame=names, mask=None, video=names, label=labels, method="toy", source_frame=[None] * count + names[:count] * fakes))
+    return Frames(torch.tensor(np.concatenate([real, forged]).clip(0, 255).astype(np.uint8)), None, torch.tensor(labels), names, catalog)
+
+
+def seen_in_training(train, val, config, run_dir, monkeypatch):
+    """Row and label of every frame that a training has learnt from, batch by batch, and its history."""
+    batches, step = [], loop_module.train_step
+    rows = {image.numpy().tobytes(): row for row, image in enumerate(train.images)}
+
+    def noted(run, images, labels, masks, number):
+        batches.append([(rows[(255 * image).round().byte().numpy().tobytes()], int(label)) for image, label in zip(images, labels)])
+        return step(run, images, labels, masks, number)
+
+    monkeypatch.setattr(loop_module, "train_step", noted)
+    history = fit(tiny(None), train, val, config, run_dir, progress=False)
+    monkeypatch.undo()
+    return batches, history
+
+
+@pytest.mark.parametrize("balance", ["weight", "pairs", "sample"])
+def test_shuffled_labels_stay_with_their_frames_and_out_of_validation(balance, tmp_path, monkeypatch):
+    train, val = paired(20, 0), paired(12, 1)
+    config = quick(epochs=3, balance=balance, flip=False, shuffle_labels=True)
+    batches, history = seen_in_training(train, val, config, tmp_path, monkeypatch)
+    given = {}
+    for row, label in (frame for batch in batches for frame in batch):
+        assert given.setdefault(row, label) == label  # the same in every epoch
+    agree = np.mean([train.labels[row] == label for row, label in given.items()])
+    assert 0.2 < agree < 0.8 and set(given.values()) == {0, 1}
+    if balance == "pairs":
+        for batch in batches:
+            fakes, sources = batch[: len(batch) // 2], batch[len(batch) // 2 :]
+            assert all(train.catalog["source_frame"][fake] == train.catalog["frame"][source] and mine + theirs == 1 for (fake, mine), (source, theirs) in zip(fakes, sources))
+        assert {label for batch in batches for _, label in batch[: len(batch) // 2]} == {0, 1}
+    elif balance == "sample":
+        assert abs(np.mean([label for batch in batches for _, label in batch]) - 0.5) < 0.15  # of the labels that are learnt
+    else:
+        assert abs(sum(given.values()) - 40) <= 60 - len(given)  # a permutation, but for the frames of unfilled batches
+    plain, _ = seen_in_training(train, val, quick(epochs=1, balance=balance, flip=False), tmp_path / "plain", monkeypatch)
+    assert all(train.labels[row] == label for batch in plain for row, label in batch)
+    assert train.labels.tolist() == train.catalog["label"].tolist() == [0] * 20 + [1] * 40  # nothing of it reaches the caller's frames
+    kept = load_detector(tmp_path / "detector.safetensors")
+    assert history["val_auc"].max() == pytest.approx(roc_auc_score(val.labels, predict_logits(kept, val).double().softmax(1)[:, 1]), abs=1e-6)
+
+
+def test_a_seed_shuffles_and_a_training_with_shuffled_labels_resumes_bit_for_bit(tmp_path):
+    train, val = paired(20, 0), paired(12, 1)
+    whole = fit(tiny(), train, val, quick(epochs=3, balance="pairs", shuffle_labels=True, b_start=1.25), tmp_path / "whole", progress=False)
+
+    def stop(row):
+        if row["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    config = quick(epochs=3, balance="pairs", shuffle_labels=True, b_start=1.25)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny(), train, val, config, tmp_path / "cut", progress=False, on_epoch=stop)
+    same(fit(tiny(), train, val, config, tmp_path / "cut", progress=False), whole)
+    one, other = load_file(tmp_path / "whole" / "detector.safetensors"), load_file(tmp_path / "cut" / "detector.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    shuffled = [loop_module.with_shuffled_labels(train, quick(shuffle_labels=True, seed=seed)).labels for seed in (0, 0, 1)]
+    assert torch.equal(shuffled[0], shuffled[1]) and not torch.equal(shuffled[0], shuffled[2])
+
+
+def test_a_folder_of_true_labels_is_not_gone_on_with_under_shuffled_ones(tmp_path):
+    train, val = toy(40, 0), toy(40, 1)
+    fit(tiny(), train, val, quick(epochs=1), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="shuffle_labels False → True"):
+        fit(tiny(), train, val, quick(epochs=1, shuffle_labels=True), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="guidance=0"):
+        FitConfig(shuffle_labels=True, guidance=0.5)

@@ -17,7 +17,7 @@ from bcos_nb.explainers.windows import explain_windows
 from bcos_nb.explainers.lime import LocalModels, local_models, superpixels
 from bcos_nb.explainers.captum_methods import CAPTUM
 from bcos_nb.explainers.rise import soft_masks
-from bcos_nb.explainers.baselines import mean_mask  # after the explainers that it is the control of
+from bcos_nb.explainers.baselines import mean_mask, randomised  # after the explainers that they are the controls of
 
 __all__ = [
     "CAMS",
@@ -35,6 +35,7 @@ __all__ = [
     "explain_windows",
     "local_models",
     "mean_mask",
+    "randomised",
     "register_explainer",
     "soft_masks",
     "superpixels",

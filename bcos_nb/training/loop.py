@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SPEED_ONLY', 'MOST_SKIPPED', 'FitConfig', 'make_config', 'batches', 'readable', 'labels_of', 'predict_logits', 'b_at',
-           'set_b', 'settings_of', 'load_state', 'augmented', 'augmentation_of', 'pair_up', 'epoch_order', 'Training',
-           'check_masks', 'backward', 'train_step', 'note_nonfinite', 'train_epoch', 'restore_random',
-           'augmented_batch', 'selection_score', 'validate', 'gathered', 'make_accelerator', 'start_trackers', 'fit',
-           'train_all', 'finish']
+           'set_b', 'settings_of', 'load_state', 'augmented', 'augmentation_of', 'pair_up', 'epoch_order',
+           'with_shuffled_labels', 'Training', 'check_masks', 'backward', 'train_step', 'note_nonfinite', 'train_epoch',
+           'restore_random', 'augmented_batch', 'selection_score', 'validate', 'gathered', 'make_accelerator',
+           'start_trackers', 'fit', 'train_all', 'finish']
 
 # %% ../../nbs/training/loop.ipynb #427ad7af
+import copy
 import importlib.util
 import json
 import os
@@ -68,6 +69,7 @@ class FitConfig:
     ema: float | None = None      # decay of an exponential moving average of the weights, which then is what is validated and kept
     balance: Literal["pairs", "weight", "sample", "none"] = "weight"  # of the classes, see `epoch_order` and `class_weights`
     repeats: int = 1              # how often a batch holds each of its frames, augmented anew (Hoffer et al. 2020)
+    shuffle_labels: bool = False  # of the training frames, once, by the seed: a control that can learn them by heart only, see `with_shuffled_labels`
     crop: int | None = None       # side of random training crops in pixels; None: whole images
     flip: bool = True             # mirror every other training image
     augment: str = "crop_flip"    # what else happens to training images: a key of `AUGMENTATIONS`
@@ -101,6 +103,8 @@ class FitConfig:
             raise ValueError(f"ema={self.ema} is the share that an average keeps at each step, from 0 to below 1, such as 0.999.")
         if not self.guidance >= 0:
             raise ValueError(f"guidance={self.guidance} must be 0 (without) or more.")
+        if self.shuffle_labels and self.guidance:
+            raise ValueError("shuffle_labels makes a control that knows nothing of the forgeries, and guidance would show it their masks. Give guidance=0.")
         if not 0 <= self.b_rise <= 0.9:
             raise ValueError(f"b_rise={self.b_rise} is a share of the training of at most 0.9: the rest is for the final B.")
         if self.sam_rho and self.mixed_precision == "fp16":
@@ -292,11 +296,30 @@ def epoch_order(
     shares = [some[rank::processes] for some in chosen.split(size) if len(some) == size]
     return [pairs[share].T.flatten() for share in shares] if pairs is not None else shares
 
+# %% ../../nbs/training/loop.ipynb #fce38055
+def with_shuffled_labels(
+    source,  # `Frames`, or a `FrameDataset`; left as it is
+    config: FitConfig,
+):  # the same frames with other labels
+    """The training frames of a control that has nothing to learn but the frames themselves (Adebayo et al. 2018)."""
+    generator = torch.Generator().manual_seed(config.seed * 100_003 + 100_002)  # what an epoch would have that no training reaches
+    labels, shuffled = labels_of(source), copy.copy(source)
+    if config.balance == "pairs":
+        fake, real = pair_up(source.catalog).T
+        heads = torch.randint(2, (len(labels),), generator=generator)
+        labels[fake], labels[real] = 1 - heads[real], heads[real]
+    else:
+        labels = labels[torch.randperm(len(labels), generator=generator)]
+        shuffled.catalog = source.catalog.assign(label=labels.numpy())  # pairs are found by it, so theirs stays
+    shuffled.labels = labels.to(source.labels.device) if isinstance(source.labels, Tensor) else labels.tolist()
+    return shuffled
+
 # %% ../../nbs/training/loop.ipynb #3ab1c00d
 class Training:
     """A training under way: the detector, all that changes it, and all that has to be known to go on with it."""
 
     def __init__(self, accelerator: Accelerator, detector: nn.Module, train, val, config: FitConfig, run_dir: Path):
+        train = with_shuffled_labels(train, config) if config.shuffle_labels else train
         self.accelerator, self.detector, self.train, self.val, self.config, self.run_dir = accelerator, detector, train, val, config, run_dir
         self.weights = class_weights(labels_of(train), "weight" if config.balance == "weight" else "none")
         self.val_weights = class_weights(labels_of(val))  # refuses a split of one class before an hour of training, not after
