@@ -26,7 +26,8 @@ def uniform_maps(
     requests: dict[str, dict],  # {"uniform": {}}
 ) -> dict[str, Attribution]:
     "1 everywhere."
-    return {"uniform": question.answer("uniform", torch.ones_like(question.images[:, 0]))}
+    maps = torch.ones_like(question.images[:, 0])
+    return {"uniform": question.answer("uniform", maps, raw=maps)}
 
 # %% ../../nbs/explainers/baselines.ipynb #d0aab3c6
 @register_explainer("centre", sigma=0.25)
@@ -43,7 +44,8 @@ def centre_maps(
         torch.exp(-((torch.arange(side, device=images.device) + 0.5) / side - 0.5).square() / (2 * sigma**2)) for side in images.shape[-2:]
     )
     prior = rows[:, None] * columns
-    return {"centre": question.answer("centre", (prior / prior.max()).expand(len(images), -1, -1))}
+    maps = (prior / prior.max()).expand(len(images), -1, -1)
+    return {"centre": question.answer("centre", maps, raw=maps)}
 
 # %% ../../nbs/explainers/baselines.ipynb #e2123176
 def edge_strength(
@@ -66,7 +68,7 @@ def edge_maps(
     if int(smooth) != smooth or smooth < 1 or smooth % 2 == 0:
         raise ValueError(f"smooth must be an odd number of pixels, 1 for no smoothing, got {smooth!r}.")
     strength = F.avg_pool2d(edge_strength(question.images)[:, None], smooth, stride=1, padding=smooth // 2)[:, 0]
-    return {"edges": question.answer("edges", positive_maps(strength))}
+    return {"edges": question.answer("edges", positive_maps(strength), raw=strength)}
 
 # %% ../../nbs/explainers/baselines.ipynb #6304fc14
 def mean_mask(
