@@ -325,11 +325,12 @@ def play_grid_game(
 
 
 def pixel_batch(
-    size: tuple[int, int],  # (H, W) of a frame or cell
+    frames: Frames | FrameDataset | tuple[int, int],  # or (H, W) of one
     each: int = 1,  # of them in a sample
 ) -> int:
     "How many samples make a million pixels, which a B-cos ResNet-34 explains in about 2 GB."
-    return max(1, (1 << 20) // (each * size[0] * size[1]))
+    height, width = frames if isinstance(frames, tuple) else frame_size(frames)
+    return max(1, (1 << 20) // (each * height * width))
 
 
 def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
