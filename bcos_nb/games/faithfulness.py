@@ -73,7 +73,7 @@ def removal_ranks(
 ) -> Tensor:  # place of each pixel, 0 for the first to go, int32 [N, H·W]
     "When each pixel's turn comes."
     ties = ties.to(maps.device)
-    order = ties.gather(1, maps.flatten(1).gather(1, ties).argsort(1, descending=True, stable=True))
+    order = ties.gather(1, maps.flatten(1).gather(1, ties).argsort(dim=1, descending=True, stable=True))
     place = torch.arange(order.shape[1], dtype=torch.int32, device=order.device)
     return torch.empty_like(order, dtype=torch.int32).scatter_(1, order, place.expand_as(order))
 
