@@ -62,6 +62,7 @@ def explain_examples(
 def show_examples(
     methods: Sequence[str],  # names of `EXPLAINERS`
     options: dict[str, dict] | None = None,  # per method
+    detectors: Sequence[str] | None = None,  # keys of `example_detectors`; None: all
 ):  # a matplotlib figure
     "The faces in rows; the picture, then every method on both detectors."
     import textwrap
@@ -69,7 +70,7 @@ def show_examples(
     import matplotlib.pyplot as plt
 
     faces, answers = example_faces(), explain_examples(methods, options)
-    columns = [key for key in answers]
+    columns = [key for key in answers if detectors is None or key[1] in detectors]
     figure, axes = plt.subplots(3, 1 + len(columns), figsize=(1.3 * (1 + len(columns)), 4.2), dpi=72, squeeze=False, constrained_layout=True)
     for row, image, mask, made_by in zip(axes, faces.images, faces.masks, faces.methods):
         row[0].imshow(image.permute(1, 2, 0))
