@@ -57,7 +57,7 @@ def baseline_images(
         return gaussian_blur(images, [side, side], [sigma, sigma]).clamp(0, 1)
     raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, or a tensor, got {baseline!r}.")
 
-# %% ../../nbs/games/faithfulness.ipynb #aca52154
+# %% ../../nbs/games/faithfulness.ipynb #1bf1d9e4
 def random_orders(
     count: int,   # images, N
     pixels: int,  # P
@@ -234,7 +234,7 @@ def faithfulness_areas(
     areas.attrs.update(table.attrs)
     return areas
 
-# %% ../../nbs/games/faithfulness.ipynb #332dfdd0
+# %% ../../nbs/games/faithfulness.ipynb #3942fed8
 CONTROL_NAMES = ("uniform", "centre", "mean mask", "edges")  # drawn dashed
 
 
@@ -250,13 +250,13 @@ def draw_faithfulness(
         detector = rows["arch"] + rows["b"].map(lambda b: " ordinary" if pd.isna(b) else f" B={b:g}")
         return rows["explainer"] + (", " + detector if several else "")
 
-    means = table.groupby([names(table), "curve", "fraction"], sort=False)["probability"].mean()
+    means = table.groupby([names(table), "curve", "fraction"], sort=False)["probability"].mean().unstack("fraction")
     area = areas.groupby([names(areas), "weighting"], sort=False)["score"].mean()
     target = {0: "real", 1: "fake"}.get(table.attrs.get("target"), "class")
     figure = Figure(figsize=(8, 3.9), layout="constrained")
     for axis, curve in zip(figure.subplots(1, 2, sharey=True), CURVES):
-        for name in means.index.unique(0):
-            line = means[name, curve]
+        for name in dict.fromkeys(names(table)):
+            line = means.loc[(name, curve)]
             control = name.split(", ")[0] in CONTROL_NAMES
             style = {"color": "#555555" if name.startswith("uniform") else None, "linestyle": "--", "linewidth": 1.2} if control else {"linewidth": 1.8}
             axis.plot(line.index, line.to_numpy(), label=f"{name} ({area[name, curve]:.3f})", **style)
