@@ -99,3 +99,66 @@ def invent_runs(root: Path, *, b_values=B_VALUES, size: int = 128, seed: int = 0
         put(root / "grid_game" / name, dict(who, explainers=explainers, n=3), {"arch": "resnet10", "b": b},
             {"scores": score_rows("grid", b, explainers, [f"grid{k:03d}" for k in range(10)], level)}, tensors)
     return root
+
+
+# ---- both games as they are played for the study's tables: several backbones, scenes, measures, further explainers, controls
+
+BACKBONES = {"resnet34": (None, 1.25, 2.5), "xception": (None, 2.5), "vitc_ti": (None, 2.0)}
+POST_HOC = (*CAMS, "lime", "saliency")
+CONSTANT = ("uniform", "mean mask", "centre", "edges")
+SCENES = 8
+MEASURES = {"mask": ("weighted", "unweighted", "specificity", "soft", "strength", "iou", "hit"), "grid": ("weighted", "unweighted", "specificity", "iou", "hit")}
+
+
+def game_level(game: str, b: float | None, explainer: str, weighting: str) -> float:
+    """Where the scores of a row lie at threshold 0."""
+    base, _, control = explainer.partition(", ")
+    level = {"uniform": 0.11, "mean mask": 0.3, "centre": 0.22, "edges": 0.15}.get(base, 0.3 + 0.02 * (*POST_HOC, "bcos").index(base) if base not in CONSTANT else 0)
+    level += (0.02 * b if b else 0) - (0.12 if control else 0) + (0.1 if game == "mask" else 0)
+    return level + {"weighted": 0, "unweighted": -0.05, "specificity": -0.2, "soft": 0.01, "strength": 0.02, "iou": -0.1, "hit": 0.1}[weighting]
+
+
+def game_samples(game: str) -> pd.DataFrame:
+    """samples.parquet: fakes of four methods made from the same scenes, two frames of each video; or grids, one a scene and method."""
+    rows = [dict(sample=frame_path(method, video, frame), video=f"{method}/{video:03d}", scene=f"youtube/{video:03d}", method=method)
+            for method in METHODS for video in range(SCENES) for frame in range(2 if game == "mask" else 1)]
+    return pd.DataFrame([row | ({"sample": f"grid-{k:04d} {row['sample']}"} if game == "grid" else {}) for k, row in enumerate(rows)])
+
+
+def game_scores(game: str, arch: str, b: float | None, explainers, samples: pd.DataFrame, seed: int = 0, thresholds=THRESHOLDS) -> pd.DataFrame:
+    """Scores that scatter by scene, method and sample around `game_level`, and rise over the threshold."""
+    rng, parts = np.random.default_rng(seed), []
+    scene = samples["scene"].map(dict(zip(samples["scene"].unique(), rng.normal(0, 0.05, SCENES)))) + samples["method"].map({name: 0.01 * k for k, name in enumerate(METHODS)})
+    for explainer in explainers:
+        for weighting in MEASURES[game]:
+            for threshold in thresholds:
+                score = game_level(game, b, explainer, weighting) + 0.2 * threshold + scene + rng.normal(0, 0.03, len(samples))
+                parts.append(pd.DataFrame(dict(game=game, arch=arch, b=b, explainer=explainer, dataset="FaceForensics++", compression="c23", sample=samples["sample"],
+                                               threshold=threshold, weighting=weighting, score=score)))
+    return pd.concat(parts, ignore_index=True).astype({"b": float})
+
+
+def invent_games(root: Path, *, backbones=BACKBONES, size: int = 48, pictures: bool = True) -> Path:
+    """Writes complete runs of both games for every backbone and B below `root`."""
+    number = 0
+    for arch, exponents in backbones.items():
+        for b in exponents:
+            name, number = f"{arch}-{'ordinary' if b is None else f'b{b:g}'}-c23", number + 1
+            own = POST_HOC if b is None else ("bcos", *POST_HOC)
+            rows = (*own, *CONSTANT, *(f"{one}, {wrong}" for wrong in ("random weights", "shuffled labels") for one in own))
+            who = dict(arch=arch, b=b, dataset="FaceForensics++", compression="c23", data="data/miniature", detector=f"../../train/{name}")
+            put(root / "train" / name, dict(arch=arch, b=b, width=0.25, image_size=size, training={"epochs": 4}), {}, {})
+            rng = np.random.default_rng(number)
+            faces = [face(np.random.default_rng(k), size) for k in range(9)]
+            tensors = {"images": np.stack([image for image, _ in faces[:4]]), "masks": np.stack([mask for _, mask in faces[:4]]).astype(np.uint8), "logits": np.zeros((4, 2), np.float32)}
+            tensors |= {f"maps/{one}": np.stack([blob(rng, size, b or 0.7) for _ in range(4)]) for one in own}
+            samples = game_samples("mask")
+            put(root / "mask_game" / name, dict(who, explainers=own), dict(arch=arch, b=b, mask_area=MASK_AREA),
+                {"scores": game_scores("mask", arch, b, rows, samples, number), "samples": samples}, tensors if pictures else None)
+            grid = np.concatenate([np.concatenate([image for image, _ in faces[3 * r:3 * r + 3]], 2) for r in range(3)], 1)
+            tensors = {"images": grid[None], "positions": np.array([4]), "logits": np.zeros((1, 2), np.float32)}
+            tensors |= {f"maps/{one}": blob(rng, 3 * size, 1.0)[None] for one in own}
+            samples = game_samples("grid")
+            put(root / "grid_game" / name, dict(who, explainers=own, n=3), dict(arch=arch, b=b, n=3, chance=1 / 9),
+                {"scores": game_scores("grid", arch, b, rows, samples, number), "samples": samples}, tensors if pictures else None)
+    return root

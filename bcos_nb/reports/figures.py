@@ -27,17 +27,21 @@ from matplotlib.patches import Rectangle
 from plotly.subplots import make_subplots
 
 from bcos_nb.reports.tables import (
-    CONTROLS, Examples, Runs, b_name, chance_level, detection_table, detector_name, explainer_name, game_means,
-    localization_table, row_kind,
+    CONTROLS, STUDY_EXPLAINERS, Examples, Runs, b_name, chance_level, detection_table, detector_name, explainer_name, game_means,
+    is_control, localization_table, row_kind,
 )
 
 # %% ../../nbs/reports/figures.ipynb #b34bc976
 ORDINARY = "#30475e"  # the ordinary network
 B_STOPS = ((1.0, "#4a0c26"), (1.25, "#7c1d3f"), (1.75, "#c2413b"), (2.0, "#e8743b"), (2.5, "#f2b134"), (3.0, "#f7d76b"))
-EXPLAINER_COLOURS = {"gradcam": "#0b5394", "gradcam++": "#2a9d8f", "xgradcam": "#7fb7e6", "layercam": "#5e3c99",
-                     "lime": "#9fcf9a", "uniform": "#8c8c8c", "mean mask": "#555555"}
-EXPLAINER_MARKERS = {"bcos": "circle", "gradcam": "square", "gradcam++": "diamond", "xgradcam": "triangle-up",
-                     "layercam": "cross", "lime": "x", "uniform": "line-ew", "mean mask": "line-ew"}
+EXPLAINER_COLOURS = {"gradcam": "#0b5394", "gradcam++": "#2a9d8f", "xgradcam": "#7fb7e6", "layercam": "#5e3c99", "lime": "#9fcf9a",
+                     "rise": "#b56576", "saliency": "#6d597a", "smoothgrad": "#a28fb0", "input_x_gradient": "#8d6e63", "integrated_gradients": "#bc9a6c",
+                     "guided_backprop": "#4f772d", "occlusion": "#d4a5c9", "kernel_shap": "#3d7a8a",
+                     "uniform": "#a0a0a0", "mean mask": "#444444", "centre": "#777777", "edges": "#bbbbbb"}
+EXPLAINER_MARKERS = {"bcos": "circle", "gradcam": "square", "gradcam++": "diamond", "xgradcam": "triangle-up", "layercam": "cross", "lime": "x",
+                     "rise": "star", "saliency": "pentagon", "smoothgrad": "hexagon", "input_x_gradient": "triangle-down", "integrated_gradients": "bowtie",
+                     "guided_backprop": "hourglass", "occlusion": "square-open", "kernel_shap": "diamond-open",
+                     "uniform": "line-ew", "mean mask": "line-ew", "centre": "line-ew", "edges": "line-ew"}
 
 
 def b_colour(
@@ -56,7 +60,8 @@ def curve_colour(
     b: float | None,
 ) -> str:  # hex
     """The colour of one explainer on one detector."""
-    return b_colour(b) if explainer == "bcos" else EXPLAINER_COLOURS.get(explainer, "#6c8ebf")
+    base = explainer.partition(", ")[0]  # a control detector's curve has the colour of its explainer
+    return b_colour(b) if base == "bcos" else EXPLAINER_COLOURS.get(base, "#6c8ebf")
 
 # %% ../../nbs/reports/figures.ipynb #fad76a70
 HEAT = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).astype(np.float32)  # [256, 3]
@@ -214,15 +219,16 @@ def white_mask(
 def post_hoc_panel(
     runs: Runs,
     *,
+    explainers: Sequence[str] = STUDY_EXPLAINERS,  # those of them that the runs kept maps of
     faces: int = 4,
     tile: float = 1.22,  # inches
 ) -> Figure:
-    """Every explainer on the ordinary detector and on the B-cos detector with the middle B, on the same faces."""
+    """Several explainers on the ordinary detector and on the B-cos detector with the middle B, on the same faces."""
     ordinary = [one for one in runs.examples["mask"] if math.isnan(one.b)][:1]
     bcos = [one for one in runs.examples["mask"] if not math.isnan(one.b)]
     shown = ordinary + bcos[len(bcos) // 2:][:1]
     need(shown, "pictures of an explanation")
-    order = lambda one: sorted((name for name in one.maps if name not in CONTROLS), key=list(EXPLAINER_MARKERS).index)
+    order = lambda one: [name for name in dict.fromkeys([*EXPLAINER_MARKERS, *explainers]) if name in explainers and name in one.maps]
     rows = [[Tile(shown[0].images[k], outline=shown[0].masks[k])] + [
         Tile(heat_overlay(one.images[k], one.maps[name][k]), shown_probability(one, k) if name == order(one)[0] else "", one.masks[k])
         for one in shown for name in order(one)] for k in range(min(faces, len(shown[0].images)))]
@@ -248,6 +254,7 @@ def mask_illustration(
 def grid_examples(
     runs: Runs,
     *,
+    explainers: Sequence[str] = STUDY_EXPLAINERS,  # those of them that the runs kept maps of
     tile: float = 1.95,  # inches
 ) -> Figure:
     """One grid of the ordinary detector and one of a B-cos detector with all their maps, Figures 2, 10 and 11 of the study."""
@@ -255,7 +262,7 @@ def grid_examples(
     bcos = [one for one in runs.examples["grid"] if not math.isnan(one.b)]
     shown = ordinary + bcos[len(bcos) // 2:][:1]
     need(shown, "pictures of a grid")
-    order = [name for name in EXPLAINER_MARKERS if any(name in one.maps for one in shown)]
+    order = [name for name in dict.fromkeys([*EXPLAINER_MARKERS, *explainers]) if name in explainers and any(name in one.maps for one in shown)]
     rows = []
     for one in shown:
         n, side = math.isqrt(runs.cells), one.images.shape[1] / math.isqrt(runs.cells)
@@ -305,8 +312,9 @@ def threshold_curves(
     figure, heights = go.Figure(), {"weighted": [], "unweighted": []}
     for kind, arch, b, explainer, curve in ordered_curves(means):
         curves = {weighting: rows.sort_values("threshold") for weighting, rows in curve.groupby("weighting")}
-        control, hidden = explainer in CONTROLS, explainer not in ("bcos", *CONTROLS) and not math.isnan(b)
-        name = explainer_name(explainer) if control else f"{explainer_name(explainer)}, {short_name(means, arch, b)}"
+        control, constant = is_control(explainer), explainer in CONTROLS
+        hidden = not constant and (control or (explainer != "bcos" and not math.isnan(b)))
+        name = explainer_name(explainer) if constant else f"{explainer_name(explainer)}, {short_name(means, arch, b)}"
         for weighting in heights:
             heights[weighting].append(curves[weighting].score.tolist())
         shown = curves["weighted"]
@@ -342,7 +350,7 @@ def ordered_curves(
     """The curves of a game in the order of its legend."""
     curves = [(row_kind(explainer, b), arch, b, explainer, rows)
               for (arch, b, explainer), rows in means.groupby(["arch", "b", "explainer"], dropna=False)]
-    controls = {curve[3]: curve for curve in curves if curve[0] == 3}
+    controls = {curve[3] if curve[3] in CONTROLS else curve[1:4]: curve for curve in curves if curve[0] == 3}
     rank = {name: position for position, name in enumerate(EXPLAINER_MARKERS)}
     by_legend = lambda curve: (curve[0], curve[1], -1 if math.isnan(curve[2]) else curve[2], rank.get(curve[3], len(rank)))
     return sorted([curve for curve in curves if curve[0] < 3] + list(controls.values()), key=by_legend)
