@@ -15,13 +15,10 @@ from bcos_nb.reports.tables import (
 )
 
 __all__ = [
-    "Examples", "Runs", "b_colour", "curve_colour", "departure_figure", "departure_means", "detection_against_localization",
-    "detection_table", "detector_name", "explainer_name", "figure_png", "findings", "grid_examples", "heat_overlay", "hero_figure", "load_runs", "localization_table",
-    "maps_across_b", "mask_illustration", "mean_scores", "method_table", "notebook_page", "paper_detection", "paper_localization",
-    "post_hoc_panel", "read_paper", "threshold_curves", "training_curves", "write_report",
-    "Examples", "Games", "Runs", "b_colour", "curve_colour", "detection_against_localization", "detection_table", "detector_name", "draw_boxes",
-    "draw_curves", "explainer_name", "figure_boxes", "figure_curves", "figure_pictures", "figure_png", "findings", "grid_examples", "heat_overlay",
-    "hero_figure", "load_runs", "localization_table", "localization_table_cells", "maps_across_b", "mask_illustration", "mean_scores", "measure_cells",
-    "method_cells", "method_table", "notebook_page", "paper_detection", "paper_localization", "plain_localization", "post_hoc_panel", "read_games",
-    "read_paper", "threshold_curves", "training_curves", "write_localization", "write_report",
+    "Examples", "Games", "Runs", "b_colour", "curve_colour", "departure_figure", "departure_means", "detection_against_localization",
+    "detection_table", "detector_name", "draw_boxes", "draw_curves", "explainer_name", "figure_boxes", "figure_curves", "figure_pictures",
+    "figure_png", "findings", "grid_examples", "heat_overlay", "hero_figure", "load_runs", "localization_table", "localization_table_cells",
+    "maps_across_b", "mask_illustration", "mean_scores", "measure_cells", "method_cells", "method_table", "notebook_page",
+    "paper_detection", "paper_localization", "plain_localization", "post_hoc_panel", "read_games", "read_paper", "threshold_curves",
+    "training_curves", "write_localization", "write_report",
 ]
