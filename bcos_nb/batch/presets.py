@@ -29,8 +29,9 @@ SECTIONS: dict[str, set[str] | None] = {  # keys of each section; None: the sect
               "grids", "n", "min_confidence", "seed", "mask", "grid"},
 }
 GAMES = {  # settings of one game only
-    "mask": {"frames_per_video", "faithfulness", "controls", "measures", "explainers"},
-    "grid": {"grids", "n", "min_confidence", "seed", "fakes", "cell_size", "windows", "departures", "frames_per_video", "controls", "measures", "explainers"},
+    "mask": {"frames_per_video", "faithfulness", "controls", "measures", "explainers", "options"},
+    "grid": {"grids", "n", "min_confidence", "seed", "fakes", "cell_size", "windows", "departures", "departure_fakes", "common", "frames_per_video", "controls", "measures",
+             "explainers", "options"},
 }
 TEST_SET = {"data", "dataset", "compression", "forge"}  # keys of a further test set
 
