@@ -43,6 +43,35 @@ def test_cams_equal_the_grad_cam_package(arch, b, images):
         assert np.abs(answers[name].maps.numpy() - theirs).max() < 1e-4, name
 
 
+BACKBONES = [("resnet34", {}, 64), ("xception", dict(middle=1), 64), ("vitc_ti", dict(image_size=64, depth=2, token_stride=16), 64), ("vgg16", {}, 64), ("densenet121", {}, 64),
+             ("inception_v3", {}, 160), ("convnext_tiny", {}, 64)]
+
+
+@pytest.mark.parametrize("b", [None, 2])
+@pytest.mark.parametrize(("arch", "options", "side"), BACKBONES, ids=[backbone[0] for backbone in BACKBONES])
+def test_cams_equal_the_package_on_every_backbone(arch, options, side, b):
+    """In float64, where nothing hides in rounding; the package still makes its maps in float32."""
+    import pytorch_grad_cam
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    torch.manual_seed(0)
+    detector = create_detector(arch, b=b, width=0.25, **options).double().train()
+    images, target = torch.rand(6, 3, side, side).double(), torch.tensor([1, 0])
+    for norm in detector.modules():  # statistics of these images, so that no layer is nearly constant
+        if getattr(norm, "momentum", None) is not None:
+            norm.momentum = 1.0
+    with torch.no_grad():
+        detector(images)
+    detector, images = detector.eval(), images[:2]
+    answers = explain_many(detector, images, CAMS, target)
+    methods = (pytorch_grad_cam.GradCAM, pytorch_grad_cam.GradCAMPlusPlus, pytorch_grad_cam.XGradCAM, pytorch_grad_cam.LayerCAM)
+    for name, method in zip(CAMS, methods):
+        with method(detector, [detector.cam_layer], reshape_transform=detector.cam_to_spatial) as package:
+            theirs = package(images, [ClassifierOutputTarget(int(t)) for t in target])
+        assert np.abs(answers[name].maps.numpy() - theirs).max() < 1e-4, name
+    assert max(float(answers[name].maps.max()) for name in CAMS) > 0.9
+
+
 def test_four_cams_cost_one_forward_pass_and_touch_nothing_below_the_layer(images):
     detector = detector_of("resnet10", 2)
     forward, backward = [], []
