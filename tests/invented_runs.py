@@ -127,15 +127,13 @@ def game_samples(game: str) -> pd.DataFrame:
 
 def game_scores(game: str, arch: str, b: float | None, explainers, samples: pd.DataFrame, seed: int = 0, thresholds=THRESHOLDS) -> pd.DataFrame:
     """Scores that scatter by scene, method and sample around `game_level`, and rise over the threshold."""
-    rng, parts = np.random.default_rng(seed), []
+    rng, measures, count = np.random.default_rng(seed), MEASURES[game], len(samples)
     scene = samples["scene"].map(dict(zip(samples["scene"].unique(), rng.normal(0, 0.05, SCENES)))) + samples["method"].map({name: 0.01 * k for k, name in enumerate(METHODS)})
-    for explainer in explainers:
-        for weighting in MEASURES[game]:
-            for threshold in thresholds:
-                score = game_level(game, b, explainer, weighting) + 0.2 * threshold + scene + rng.normal(0, 0.03, len(samples))
-                parts.append(pd.DataFrame(dict(game=game, arch=arch, b=b, explainer=explainer, dataset="FaceForensics++", compression="c23", sample=samples["sample"],
-                                               threshold=threshold, weighting=weighting, score=score)))
-    return pd.concat(parts, ignore_index=True).astype({"b": float})
+    level = np.array([[game_level(game, b, explainer, weighting) for weighting in measures] for explainer in explainers])
+    score = level[:, :, None, None] + 0.2 * np.array(thresholds)[:, None] + scene.to_numpy() + rng.normal(0, 0.03, (*level.shape, len(thresholds), count))
+    names = pd.MultiIndex.from_product([explainers, measures, thresholds, samples["sample"]], names=["explainer", "weighting", "threshold", "sample"])
+    table = pd.DataFrame({"score": score.reshape(-1)}, index=names).reset_index()
+    return table.assign(game=game, arch=arch, b=np.nan if b is None else float(b), dataset="FaceForensics++", compression="c23")
 
 
 def invent_games(root: Path, *, backbones=BACKBONES, size: int = 48, pictures: bool = True) -> Path:

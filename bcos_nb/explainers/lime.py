@@ -318,7 +318,8 @@ def local_models(
             cuts.append(torch.from_numpy(cut.astype(np.int64)).to(device))
             yield cuts[-1], drawn[-1].to(device)
 
-    batch_size = given["batch_size"] or (32 if device.type == "cpu" else 256)
+    pixels = question.images[0, 0].numel()  # on a processor, memory of large batches costs more time than it saves
+    batch_size = given["batch_size"] or (max(1, min(32, (1 << 18) // pixels)) if device.type == "cpu" else max(1, min(256, (1 << 24) // pixels)))
     logits = perturbed_logits(question, parts(), given["hide_color"], batch_size)
     question.keep(logits[:, 0])
     chosen = question.target[:, None, None].expand(-1, given["samples"], 1)

@@ -13,7 +13,7 @@ __all__ = ['LOCALIZATION_TABLES', 'TABLE_GAMES', 'LOCALIZATION_FIGURES', 'SAME_T
            'spread_table_html', 'main_rows', 'plain_localization', 'plot_html', 'picture_html', 'caption_of',
            'make_item', 'write_localization']
 
-# %% ../../nbs/reports/localization_tables.ipynb #e576c47d
+# %% ../../nbs/reports/localization_tables.ipynb #96a56cd5
 import base64
 import html
 import json
@@ -26,11 +26,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
-from ..games.statistics import box_data, compare_explainers, corrected, score_intervals
+from ..games.statistics import box_data, compare_explainers, score_intervals
 from .detection_tables import CELLS_STYLE, described, write_whole
 from .figures import EXPLAINER_MARKERS, LAYOUT, curve_colour, figure_png, grid_examples, post_hoc_panel
 from .paper import paper_arch, read_paper
@@ -68,7 +69,7 @@ def study_scores(
     thrice = rows["explainer"].isin(["gradcam", "xgradcam", "gradcam++"]) & rows["game"].eq("grid") & (table == "XII")
     return rows.assign(note=np.where(thrice, SAME_THRICE, np.where(rows["explainer"].eq("layercam"), NOT_LAYERCAM, "")))
 
-# %% ../../nbs/reports/localization_tables.ipynb #07ca91b9
+# %% ../../nbs/reports/localization_tables.ipynb #d25bd20f
 CURVES = ("weighted", "unweighted", "specificity")  # measures that are kept at every threshold
 FURTHER = {"soft": 0.0, "strength": 0.0, "hit": 0.0, "iou": 0.5}  # measures beyond the study's, and the threshold at which they are shown
 MEASURE_NAMES = {"weighted": "Weighted", "unweighted": "Unweighted", "specificity": "Specificity", "soft": "Soft mask", "strength": "Strength", "hit": "Hit rate",
@@ -180,17 +181,18 @@ def against_controls(
     scores: pd.DataFrame,  # of one run, one measure and one threshold, with scene
 ) -> pd.DataFrame:  # explainer, control, difference, low, high, p, p_corrected (Holm, for all of the run)
     """How far each explainer's mean lies above the mean mask's, and above its own on control detectors; tested scene by scene."""
-    columns, names = ["explainer", "control", "difference", "low", "high", "p"], list(scores["explainer"].unique())
+    names, columns = list(scores["explainer"].unique()), ["explainer", "control", "difference", "low", "high", "p", "p_corrected"]
     pairs = [(name, control, there) for name in names if not is_control(name) for control in AGAINST
              for there in [control if control in CONTROLS else f"{name}, {control}"] if there in names]
+    if not pairs:
+        return pd.DataFrame(columns=columns)
+    of = {name: rows for name, rows in scores.groupby("explainer", observed=True)}
+    sides = pd.concat([of[side].assign(explainer=name, control=control, side=told) for name, control, there in pairs for side, told in ((name, "own"), (there, "control"))])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of few scenes, whose p stays above 0.05 and gets no star
-        parts = [compare_explainers(scores[scores["explainer"].isin([name, there])], against=there, by=["explainer"], correction="none", permutations=9999, group="scene")
-                 .assign(explainer=name, control=control)[columns] for name, control, there in pairs]
-    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
-    return table.assign(p_corrected=corrected(table["p"].to_numpy(dtype=float)))
+        return compare_explainers(sides, "side", against="control", by=["explainer", "control"], permutations=9999, group="scene")[columns]
 
-# %% ../../nbs/reports/localization_tables.ipynb #cbc454d5
+# %% ../../nbs/reports/localization_tables.ipynb #638049d2
 CELL_COLUMNS = ["table", "game", "arch", "b", "explainer", "weighting", "ours", "low", "high", "specificity", "specificity_low", "specificity_high", "study", "note",
                 "run", "stands_for", "others", "samples", "scenes", "chance"]
 KEY = ["game", "arch", "b", "explainer", "weighting"]
@@ -211,7 +213,7 @@ def in_main_table(
     rows: pd.DataFrame,  # with explainer, b, and first of `seats`
 ) -> pd.Series:  # bool
     """Whether rows are of Tables III and IV: B-cos explanations of B-cos networks, post-hoc ones of ordinary networks, their controls."""
-    base = rows["explainer"].str.partition(", ")[0]
+    base = rows["explainer"].astype(str).str.split(", ", n=1).str[0]
     return np.where(base.isin(CONTROLS), rows["first"], (base == "bcos") == rows["b"].notna()).astype(bool)
 
 
@@ -333,15 +335,15 @@ def figure_boxes(
     return boxes[["figure", "game", "arch", "b", "explainer", "q1", "median", "q3", "lowerfence", "upperfence", "mean", "samples", "outliers", "study", "chance", "control",
                   "run", "stands_for"]]
 
-# %% ../../nbs/reports/localization_tables.ipynb #c1df8f61
-GROUPS = ("B-cos explanation", "post-hoc", "further explainers", "controls")
+# %% ../../nbs/reports/localization_tables.ipynb #4768f4e8
+GROUPS = ("B-cos explanation", "post-hoc", "further explainers", "controls", "control detectors")
 AXES = {"weighted": ("share of attribution inside", [-0.02, 1.02]), "unweighted": ("share of pixels inside", [-0.02, 1.02]),
         "specificity": ("own region minus the others", [-0.35, 1.02])}
 
 
 def curve_group(explainer: str) -> int:
     """Index into GROUPS."""
-    return 3 if is_control(explainer) else 0 if explainer == "bcos" else 1 if explainer in STUDY_EXPLAINERS else 2
+    return 3 if explainer in CONTROLS else 4 if is_control(explainer) else 0 if explainer == "bcos" else 1 if explainer in STUDY_EXPLAINERS else 2
 
 
 def curve_name(rows: pd.DataFrame, arch: str, b: float, explainer: str) -> str:
@@ -364,7 +366,7 @@ def draw_curves(
     ordered = sorted(curves.groupby(["arch", "b", "explainer"], dropna=False, sort=False), key=lambda item: curve_group(item[0][2]))
     for (arch, b, explainer), rows in ordered:
         of = {name: rows[rows["weighting"] == name].sort_values("threshold") for name in measures}
-        group, name, constant = curve_group(explainer), curve_name(curves, arch, b, explainer), explainer in CONTROLS
+        group, name = curve_group(explainer), curve_name(curves, arch, b, explainer)
         for measure in measures:  # an interval at every tenth is enough for the eye
             part = of[measure]
             sparse = np.isclose(part["threshold"] * 10, (part["threshold"] * 10).round())
@@ -372,23 +374,23 @@ def draw_curves(
                                      np.stack([part["low"], part["high"]], 1).tolist()])
         shown, (ys, up, down, bounds) = of[measures[0]], changes[measures[0]][-1]
         figure.add_scatter(
-            x=shown["threshold"], y=ys, customdata=bounds, name=name, mode="lines+markers", visible="legendonly" if group == 2 or (group == 3 and not constant) else True,
+            x=shown["threshold"], y=ys, customdata=bounds, name=name, mode="lines+markers", visible="legendonly" if group in (2, 4) else True, legendrank=100 * group,
             error_y=dict(type="data", symmetric=False, array=up, arrayminus=down, thickness=1, width=0), legendgroup=GROUPS[group], legendgrouptitle_text=GROUPS[group],
-            line=dict(color=curve_colour(explainer, b), width=3 if explainer == "bcos" else 2, dash="dot" if group == 3 else LINES[arch] if arch in LINES and curves["arch"].nunique() > 1 else "solid"),
-            marker=dict(symbol=EXPLAINER_MARKERS.get(explainer, "circle"), size=0.1 if group == 3 else 7),
+            line=dict(color=curve_colour(explainer, b), width=3 if explainer == "bcos" else 2, dash="dot" if group >= 3 else LINES[arch] if arch in LINES and curves["arch"].nunique() > 1 else "solid"),
+            marker=dict(symbol=EXPLAINER_MARKERS.get(explainer, "circle"), size=0.1 if group >= 3 else 7),
             hovertemplate=f"<b>{html.escape(name)}</b><br>threshold %{{x:.2g}}: %{{y:.3f}}<br>95 %: %{{customdata[0]:.3f}} to %{{customdata[1]:.3f}}<extra></extra>")
     study = curves[curves["study"].notna()]
     names = [curve_name(curves, *row) for row in study.loc[study["weighting"] == measures[0], ["arch", "b", "explainer"]].itertuples(index=False)]
     for measure in measures:
         changes[measure].append([study.loc[study["weighting"] == measure, "study"].tolist() if measure != "specificity" else [math.nan] * len(names), [], [], names])
-    figure.add_scatter(x=[0.0] * len(names), y=changes[measures[0]][-1][0], customdata=names, name="the study’s, at 0", mode="markers", legendgroup=GROUPS[3], showlegend=bool(names),
+    figure.add_scatter(x=[0.0] * len(names), y=changes[measures[0]][-1][0], customdata=names, name="the study’s, at 0", mode="markers", legendgroup=GROUPS[3], legendrank=301, showlegend=bool(names),
                        legendgrouptitle_text=GROUPS[3], marker=dict(symbol="x-thin", size=9, line=dict(width=2, color="#8a9099")),
                        hovertemplate="<b>the study’s</b> %{customdata}<br>%{y:.4f}<extra></extra>")
     chance, game = curves["chance"].mean(), curves["game"].iloc[0]
     for measure in measures:
         changes[measure].append([[0.0 if measure == "specificity" else chance] * 2, [], [], []])
     what = "mean mask area" if game == "mask" else "chance"
-    figure.add_scatter(x=[-0.02, 1.02], y=[chance, chance], name=f"{what} {chance:.2f}", mode="lines", line=dict(color="#999999", width=1, dash="dot"), legendgroup=GROUPS[3],
+    figure.add_scatter(x=[-0.02, 1.02], y=[chance, chance], name=f"{what} {chance:.2f}", mode="lines", line=dict(color="#999999", width=1, dash="dot"), legendgroup=GROUPS[3], legendrank=302,
                        legendgrouptitle_text=GROUPS[3], hovertemplate=f"<b>{what}</b> %{{y:.3f}}<extra></extra>")
     buttons = [dict(label=MEASURE_NAMES[measure].lower(), method="update", args=[
         {"y": [part[0] for part in changes[measure]], "error_y.array": [part[1] for part in changes[measure]], "error_y.arrayminus": [part[2] for part in changes[measure]],
@@ -415,7 +417,7 @@ def draw_boxes(
     for name, box in zip(names, shown.itertuples()):
         colour = curve_colour(box.explainer, box.b)
         figure.add_box(y=[name], q1=[box.q1], median=[box.median], q3=[box.q3], lowerfence=[box.lowerfence], upperfence=[box.upperfence], mean=[box.mean], orientation="h",
-                       name=name, line=dict(color=colour, width=1.5), fillcolor=colour, opacity=0.75, boxmean=True, showlegend=False, width=0.6)
+                       name=name, line=dict(color=colour, width=1.5), fillcolor=f"rgba{(*(round(255 * part) for part in to_rgb(colour)), 0.25)}", boxmean=True, showlegend=False, width=0.6)
     outliers = [(value, name) for name, beyond in zip(names, shown["outliers"]) for value in beyond]
     if outliers:
         xs, ys = zip(*outliers)
@@ -446,7 +448,7 @@ def figure_pictures(
     pictures = collect(games.root, {f"{game} examples": chosen, "cells": [games.cells]}, [])
     return grid_examples(pictures, tile=1.6) if game == "grid" else post_hoc_panel(pictures, faces=3, tile=1.05)
 
-# %% ../../nbs/reports/localization_tables.ipynb #308d1f58
+# %% ../../nbs/reports/localization_tables.ipynb #350604c8
 def score_html(
     value: float,
     low: float = math.nan,
@@ -511,10 +513,10 @@ def games_table_html(
     for key, group in shown.groupby(["arch", "b"] if by_detector else ["arch"], sort=False, dropna=False):
         rows = []
         for (explainer, b), row in group.groupby(["explainer", "b"], sort=False, dropna=False):
-            texts = []
+            texts, printed = [], row["study"].notna().any() or row["ours"].isna().any()
             for game in games:
                 parts = {cell.weighting: cell for cell in row.itertuples() if cell.game == game}
-                texts += [score_html(cell.ours, cell.low, cell.high, cell.study, note=cell.note, best=explainer not in CONTROLS and cell.ours == best["ours"][game, cell.weighting])
+                texts += [score_html(cell.ours, cell.low, cell.high, cell.study if printed else None, note=cell.note, best=explainer not in CONTROLS and cell.ours == best["ours"][game, cell.weighting])
                           for cell in parts.values()]
                 cell = parts["weighted"]
                 texts.append(score_html(cell.specificity, cell.specificity_low, cell.specificity_high, sign=True,
@@ -556,7 +558,8 @@ def main_rows(
     cells: pd.DataFrame,  # of `method_cells` or `measure_cells`
 ) -> pd.DataFrame:
     """The rows of Tables III and IV without control detectors, in their order."""
-    cells = cells[in_main_table(cells) & [explainer in CONTROLS or not is_control(explainer) for explainer in cells["explainer"]]]
+    constant = np.array([explainer in CONTROLS or not is_control(explainer) for explainer in cells["explainer"]], dtype=bool)
+    cells = cells[in_main_table(cells) & constant]
     order = ordered_rows(cells[["arch", "b", "explainer"]].drop_duplicates(), ["resnet34", "vitc_ti", "xception"], by_detector=False)
     return order.merge(cells, on=["arch", "b", "explainer"], how="left")
 
