@@ -10,7 +10,7 @@ import pytest
 from bcos_nb.reports.detection_tables import CELLS_STYLE
 from bcos_nb.reports.localization_tables import (
     CONTENTS, LOCALIZATION_FIGURES, draw_boxes, draw_curves, figure_boxes, figure_curves, figure_pictures, games_table_html, localization_table_cells,
-    measure_cells, method_cells, plain_localization, read_games, seats, write_localization,
+    measure_cells, method_cells, plain_localization, read_games, score_html, seats, signed, write_localization,
 )
 from bcos_nb.reports.page import STYLE, loads_from_network
 from bcos_nb.reports.tables import is_control
@@ -219,7 +219,7 @@ def test_html_says_what_is_missing_and_what_beats_its_controls(games):
     assert "ResNet-34: ours is ResNet-34 at width 0.25, 48 px, 4 epochs" in text and "random weights</th>" in text and CELLS_STYLE
     row = re.search(r"<tr><td class=\"text\">Grad-CAM</td>(.*?)</tr>", text).group(1)
     one = cell(cells, "resnet34", None, "gradcam")
-    assert f"<span>{one.ours:.3f}</span>" in row.replace("<b>", "").replace("</b>", "") and '<span class="study">0.5518</span>' in row and row.count("<td>") == 6
+    assert f"<span>{one.ours:.3f}</span>" in row.replace("<b>", "").replace("</b>", "") and '<span class="study">0.5518</span>' in row and row.count("<td") == 6 and "64 fakes of 8 scenes" in row
     assert row.count('title="differs from 0"') == 0 or games.against.p_corrected.min() < 0.05
 
 
@@ -230,6 +230,11 @@ def test_terminal(games):
     assert table.loc["ResNet-34: LIME", "weighted"] == f"{one.ours:.3f} {one.low:.2f}–{one.high:.2f} (0.4933)" and "shuffled" not in "".join(table.index)
     twelve = plain_localization(localization_table_cells(games, "XII"), roomy=False)
     assert twelve.loc["ResNet-34, B = 1.25: Grad-CAM", "grid weighted"].endswith("(0.30)") and len(twelve.columns) == 6
+
+
+def test_what_rounds_to_zero_has_no_sign():
+    assert [signed(value, 2) for value in (-0.001, 0.004, -0.006, 0.1, -0.0)] == ["0.00", "0.00", "−0.01", "+0.10", "0.00"]
+    assert signed(0.25, 3, False) == "0.250" and "−0.00" not in score_html(-0.0001, -0.002, 0.003, sign=True)
 
 
 # ---- other folders

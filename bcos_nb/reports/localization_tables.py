@@ -9,7 +9,7 @@ __all__ = ['LOCALIZATION_TABLES', 'TABLE_GAMES', 'LOCALIZATION_FIGURES', 'SAME_T
            'read_game_run', 'with_scenes', 'reduce_scores', 'against_controls', 'seats', 'in_main_table',
            'explainer_order', 'ordered_rows', 'localization_table_cells', 'method_cells', 'measure_cells',
            'figure_rows', 'figure_curves', 'figure_boxes', 'curve_group', 'curve_name', 'draw_curves', 'draw_boxes',
-           'figure_pictures', 'score_html', 'grouped_table', 'row_label', 'heading_of', 'games_table_html',
+           'figure_pictures', 'signed', 'score_html', 'grouped_table', 'row_label', 'heading_of', 'games_table_html',
            'spread_table_html', 'main_rows', 'plain_localization', 'plot_html', 'picture_html', 'caption_of',
            'make_item', 'write_localization']
 
@@ -449,6 +449,16 @@ def figure_pictures(
     return grid_examples(pictures, tile=1.6) if game == "grid" else post_hoc_panel(pictures, faces=3, tile=1.05)
 
 # %% ../../nbs/reports/localization_tables.ipynb #350604c8
+def signed(
+    value: float,
+    digits: int,
+    sign: bool = True,  # whether + is written too
+) -> str:
+    """A number with a true minus; what rounds to 0 has no sign."""
+    value = round(float(value), digits)
+    return f"{abs(value) if value == 0 else value:{'+' if sign and value else ''}.{digits}f}".replace("-", "−")
+
+
 def score_html(
     value: float,
     low: float = math.nan,
@@ -459,18 +469,20 @@ def score_html(
     best: bool = False,
     sign: bool = False,  # whether the number is a difference
     star: bool = False,
+    about: str = "",  # shown on pointing at the cell
 ) -> str:  # HTML, <td> and all
     """One cell: our number, its interval, the study's."""
     if pd.isna(value):
         ours = '<span class="none">no run</span>' if study is not None else '<span class="none">–</span>'
     else:
-        number = f"{value:{'+' if sign else ''}.3f}".replace("-", "−") + ('<sup title="differs from 0">*</sup>' if star else "")
+        number = signed(value, 3, sign) + ('<sup title="differs from 0">*</sup>' if star else "")
         ours = f"<span><b>{number}</b></span>" if best else f"<span>{number}</span>"
-        ours += f'<span class="range">{low:{"+" if sign else ""}.2f} to {high:{"+" if sign else ""}.2f}</span>'.replace("-", "−") if pd.notna(low) else ""
+        ours += f'<span class="range">{signed(low, 2, sign)} to {signed(high, 2, sign)}</span>' if pd.notna(low) else ""
+    td = f'<td title="{html.escape(about)}">' if about else "<td>"
     if study is None:
-        return f"<td>{ours}</td>"
+        return f"{td}{ours}</td>"
     mark = f'<sup title="{html.escape(note)}">?</sup>' if note and pd.notna(study) else ""
-    return f'<td>{ours}<span class="study">{f"{study:.4f}{mark}" if pd.notna(study) else "–"}</span></td>'
+    return f'{td}{ours}<span class="study">{f"{study:.4f}{mark}" if pd.notna(study) else "–"}</span></td>'
 
 
 def grouped_table(
@@ -516,14 +528,16 @@ def games_table_html(
             texts, printed = [], row["study"].notna().any() or row["ours"].isna().any()
             for game in games:
                 parts = {cell.weighting: cell for cell in row.itertuples() if cell.game == game}
-                texts += [score_html(cell.ours, cell.low, cell.high, cell.study if printed else None, note=cell.note, best=explainer not in CONTROLS and cell.ours == best["ours"][game, cell.weighting])
-                          for cell in parts.values()]
+                seen = lambda cell: f"{cell.samples:.0f} {'grids' if cell.game == 'grid' else 'fakes'} of {cell.scenes:.0f} scenes" if pd.notna(cell.samples) else ""
+                texts += [score_html(cell.ours, cell.low, cell.high, cell.study if printed else None, note=cell.note, about=seen(cell),
+                                     best=explainer not in CONTROLS and cell.ours == best["ours"][game, cell.weighting]) for cell in parts.values()]
                 cell = parts["weighted"]
                 texts.append(score_html(cell.specificity, cell.specificity_low, cell.specificity_high, sign=True,
                                         best=explainer not in CONTROLS and cell.specificity == best["specificity"][game, "weighted"]))
             for control in beside:
                 one = above.get((row["run"].iloc[0], explainer, control))
-                texts.append(score_html(math.nan) if one is None else score_html(one.difference, one.low, one.high, sign=True, star=one.p_corrected < 0.05))
+                texts.append(score_html(math.nan) if one is None else score_html(
+                    one.difference, one.low, one.high, sign=True, star=one.p_corrected < 0.05, about=f"p = {one.p:.2g}, corrected {one.p_corrected:.2g}"))
             rows.append((row_label(explainer, b, not by_detector), texts))
         name = f"{arch_name(key[0])}, {b_name(key[1])}" if by_detector else arch_name(key[0])
         groups.append((heading_of(group, name), rows))
@@ -692,7 +706,7 @@ def write_localization(
 
 GAMES_STYLE = """
 .links a { margin-right: 10px; white-space: nowrap; } .cells td:first-child { min-width: 150px; } .cells .range { white-space: nowrap; }
-figure { scroll-margin-top: 12px; } figcaption { margin-bottom: 10px; } .reading li { max-width: 92ch; }
+.cells sup { line-height: 0; } figure { scroll-margin-top: 12px; } figcaption { margin-bottom: 10px; } .reading li { max-width: 92ch; }
 """
 READING = """<ul class="reading">
 <li>A cell: our number; its 95&nbsp;% interval, from draws of whole scenes; in grey the study’s, measured on the real FaceForensics++ with full-size networks, for orientation and not for
@@ -703,5 +717,6 @@ threshold 0, which is why the B-cos rows of the study read 0.1111.</li>
 at the frame can score high; its specificity is 0. What counts as knowledge of this frame is what is above 0.</li>
 <li><b>Controls</b> are to be beaten before a score means something: a uniform map, the mean mask of the training split as everybody’s map, a centre prior, edges of the image; and the same
 explainer on a detector with random weights or trained on shuffled labels. An explainer that does as well on those does not show what this detector has learnt. A star: the difference is
-other than 0 in a paired permutation test by scene, p&nbsp;&lt;&nbsp;0.05 after Holm’s correction for all such differences of the run.</li>
+other than 0 in a paired permutation test by scene, p&nbsp;&lt;&nbsp;0.05 after Holm’s correction for all such differences of the run. Where a
+run has few scenes no p can be so small, whatever the difference: with 7 scenes none is below 0.016 before the correction. Pointing at a cell shows its p, or how many scenes there are.</li>
 </ul>"""
