@@ -132,6 +132,8 @@ def test_threshold_explorer(lab, folder, chromium):
     assert shown() == wanted and picture() != blob
 
     page.locator(".bcos-explorer select").first.select_option("ResNet-10, B = 2")
+    wanted = expected_scores(folder, 2.0, "gradcam", 0, 0.53)  # the explainer stays; its menu is filled anew
+    page.wait_for_function("text => document.querySelector('b.bcos-weighted').innerText == text", arg=wanted[0])
     page.locator(".bcos-explorer select").nth(1).select_option("B-cos")
     wanted = expected_scores(folder, 2.0, "bcos", 0, 0.53)
     page.wait_for_function("text => document.querySelector('b.bcos-weighted').innerText == text", arg=wanted[0])

@@ -285,7 +285,7 @@ def test_mini_asks_for_what_the_tables_need(tmp_path):
             assert job.params["compressions"] == ["c23", "c40"]
             assert seen == {("FaceShifter", "c23"), ("FaceShifter", "c40"), ("DeepFakeDetection", "c23"), ("DeepFakeDetection", "c40"), ("DFDCP", None), ("Celeb-DF-v2", None), ("UADFV", None)}
     games = presets.preset_jobs(mini, tmp_path / "runs", experiments=("mask_game", "grid_game"))
-    assert {job.run_dir.parent.name for job in games} == {"train", "mask_game", "grid_game"} and all(job.params["dataset"] == "FaceForensics++" for job in games)
+    assert {job.run_dir.parent.name for job in games} == {"train", "controls", "mask_game", "grid_game"} and all(job.params["dataset"] == "FaceForensics++" for job in games)
 
 
 def test_all_data_of_mini_can_be_made():
