@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from ..games.departure import DEPARTURES
 from .figures import EXPLAINER_MARKERS, LAYOUT, b_colour, curve_colour, ordered_curves, short_name
-from .tables import CONTROLS, detector_name, explainer_name
+from .tables import CONTROLS, explainer_name
 
 # %% ../../nbs/reports/departure_figures.ipynb #efd2747a
 def departure_means(

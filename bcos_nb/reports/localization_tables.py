@@ -36,7 +36,7 @@ from .detection_tables import CELLS_STYLE, described, write_whole
 from .figures import EXPLAINER_MARKERS, LAYOUT, curve_colour, figure_png, grid_examples, post_hoc_panel
 from .paper import paper_arch, read_paper
 from bcos_nb.reports.tables import (
-    CONTROLS, EXPLAINER_NAMES, STUDY_EXPLAINERS, Examples, add_run, arch_name, b_name, collect, explainer_name, is_control, row_kind,
+    CONTROLS, EXPLAINER_NAMES, STUDY_EXPLAINERS, Examples, add_run, arch_name, b_name, collect, explainer_name, is_control,
 )
 
 # %% ../../nbs/reports/localization_tables.ipynb #5690a52d
