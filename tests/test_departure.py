@@ -12,9 +12,10 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from bcos_nb.data import Frames
-from bcos_nb.explainers import EXPLAINERS, register_explainer
+from bcos_nb.explainers import EXPLAINERS, explain, register_explainer
 from bcos_nb.games import SCORE_COLUMNS
 from bcos_nb.games.departure import DEPARTURES, departed, play_departure, smaller_masks
+from bcos_nb.games.statistics import score_intervals
 from bcos_nb.models import create_detector
 from bcos_nb.reports.departure_figures import departure_figure, departure_means
 
@@ -185,7 +186,7 @@ def test_a_map_that_finds_the_forgery_scores_1_wherever_it_goes_and_a_uniform_on
     frames = planted(side=16)
     control = {"left half": (torch.arange(SIZE) < SIZE // 2).float().expand(SIZE, SIZE).contiguous()}
     table = play_departure(BrightnessDetector(), frames, ["bright", "uniform"], families=["grid", "compression", "scale"], thresholds=(0.0, 0.5), controls=control)
-    assert list(table.columns) == [*SCORE_COLUMNS, "family", "step", "value", "region", "chance", "probability", "auc"]
+    assert list(table.columns) == [*SCORE_COLUMNS, "video", "family", "step", "value", "region", "chance", "probability", "auc"]
     assert table.attrs["frames"] == table.attrs["reals"] == 12 and set(table["game"]) == {"departure"} and table["b"].isna().all()
     assert set(table["dataset"]) == {"planted"} and set(table["compression"]) == {"raw"}
     steps = {(family, step, region) for family, step, region in zip(table["family"], table["step"], table["region"])}
@@ -252,6 +253,32 @@ def test_of_many_frames_some_are_taken_from_everywhere_and_without_masks_the_cel
 
 # ---- mistakes
 
+def test_a_transformer_sees_a_grid_by_windows_and_a_frame_whole():
+    torch.manual_seed(0)
+    detector = create_detector("vitc_ti", b=2, width=1 / 3, depth=1, image_size=SIZE, token_stride=8, stem="fine")
+    frames = planted(9)
+    played = play_departure(detector, frames, ["gradcam"], families=["grid", "noise"], thresholds=(0.0,), seed=3)
+    whole = play_departure(detector, frames, ["gradcam"], families=["grid", "noise"], thresholds=(0.0,), seed=3, windows=None)
+    larger = (played["family"] == "grid") & (played["step"] > 0)
+    assert played.attrs["windows"] == (SIZE, SIZE // 2) and whole.attrs["windows"] is None
+    assert np.allclose(played["probability"], whole["probability"], atol=1e-6) and np.allclose(played["auc"], whole["auc"])
+    assert np.allclose(played["score"][~larger], whole["score"][~larger], atol=1e-6) and not np.allclose(played["score"][larger], whole["score"][larger], atol=1e-3)
+
+    # the step with a margin once more: each window explained by itself, maps added up where they overlap, before any rescaling
+    images, masks = frames.images[:9].float() / 255, frames.masks[:9, 0] > 0
+    grids, regions = departed(images, masks, "grid", 1, 3, others=frames.images[9:].float() / 255)
+    total, times = torch.zeros(9, 2 * SIZE, 2 * SIZE), torch.zeros(2 * SIZE, 2 * SIZE)
+    for top in range(0, SIZE + 1, SIZE // 2):
+        for left in range(0, SIZE + 1, SIZE // 2):
+            cut = (..., slice(top, top + SIZE), slice(left, left + SIZE))
+            total[cut] += explain(detector, grids[cut], "gradcam").raw
+            times[cut[1:]] += 1
+    maps = total / times
+    expected = (maps * regions["mask"]).sum((1, 2)) / maps.sum((1, 2)).clamp(min=1e-12)
+    row = played[(played["family"] == "grid") & (played["step"] == 1) & (played["region"] == "mask") & (played["weighting"] == "weighted")]
+    assert np.allclose(row["score"], expected, atol=1e-4)
+
+
 def test_mistakes_are_named():
     images, masks, others = tensors(planted())
     for said, arguments in (
@@ -286,7 +313,8 @@ def test_mistakes_are_named():
 # ---- the figure
 
 def test_the_figure_shows_the_means(brightness_explainer):
-    table = play_departure(BrightnessDetector(), planted(), ["bright", "uniform"], families=["grid", "noise"], thresholds=(0.0, 0.5))
+    table = play_departure(BrightnessDetector(), planted(), ["bright", "uniform"], families=["grid", "noise"], thresholds=(0.0, 0.5),
+                           controls={"left half": (torch.arange(SIZE) < SIZE // 2).float().expand(SIZE, SIZE).contiguous()})
     figure = departure_figure(table, 0.5, region="cell")
     assert [title.text for title in figure.layout.annotations] == ["grid"]
     curve = next(trace for trace in figure.data if trace.name == "uniform map" or trace.name == "uniform")
@@ -294,5 +322,10 @@ def test_the_figure_shows_the_means(brightness_explainer):
     means = departure_means(table, 0.5)
     by_hand = table[(table["threshold"] == 0.5) & (table["weighting"] == "weighted") & (table["family"] == "noise") & (table["step"] == 2) & (table["explainer"] == "bright")]
     assert math.isclose(means.query("explainer == 'bright' and family == 'noise' and step == 2")["score"].iloc[0], by_hand["score"].mean())
+    left = table[(table["threshold"] == 0) & (table["weighting"] == "weighted") & (table["family"] == "noise") & (table["step"] == 2) & (table["explainer"] == "left half")]
+    by_video = score_intervals(left, ["explainer"]).iloc[0]
+    row = departure_means(table).query("explainer == 'left half' and family == 'noise' and step == 2").iloc[0]
+    assert np.allclose(row[["low", "high"]].astype(float), by_video[["low", "high"]].astype(float)) and row["low"] < row["score"] < row["high"]
+    assert departure_means(table.drop(columns="video"), 0.5)["low"].isna().all()
     with pytest.raises(ValueError, match="thresholds 0, 0.5"):
         departure_means(table, 0.3)

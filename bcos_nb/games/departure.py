@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from ..data import FrameDataset, Frames
 from ..data.augment import compress
 from ..detection import detection_metrics
-from ..explainers.attribution import check_explainers, explain_many
-from .grid import frame_batch, frame_size, joined, origin
+from ..explainers.attribution import check_explainers
+from .grid import explain_whole_or_windows, frame_batch, frame_size, joined, origin, usual_windows
 from .localization import THRESHOLDS, localization_scores, score_table
 from ..layers.dynamic_linear import evaluating
 
@@ -225,13 +225,12 @@ def score_step(
     thresholds: Sequence[float],
     options: dict[str, dict] | None,
     controls: dict[str, Tensor],  # each [H, W], for a frame
+    windows: tuple[int, int] | None = None,  # side and stride; None: whole
 ) -> tuple[np.ndarray, dict[str, dict[str, dict[str, Tensor]]]]:  # p(fake) [N]; region to explainer to weighting to [T, N]
-    """Explain and score one batch; no map outlives it."""
-    if len(explainers):
-        answers = explain_many(detector, images, explainers, 1, options, need_rgba=False)
-        logits, maps = next(iter(answers.values())).logits, {name: answer.maps for name, answer in answers.items()}
-    else:
-        logits, maps = plain_logits(detector, images), {}
+    """Explain and score one batch; no map outlives it. The probability is that of the whole image, also where windows explain it."""
+    answers = explain_whole_or_windows(detector, images, explainers, options, windows) if len(explainers) else {}
+    maps = {name: answer.maps for name, answer in answers.items()}
+    logits = next(iter(answers.values())).logits if answers and windows is None else plain_logits(detector, images)
     for name, control in controls.items():
         times = [side // own for side, own in zip(images.shape[-2:], control.shape)]
         maps[name] = control.to(images.device).repeat(times).expand(len(images), -1, -1)
@@ -324,12 +323,13 @@ def play_departure(
     controls: dict[str, Tensor] | None = None,  # name to a map [H, W] in [0, 1] that stands for every frame
     count: int = 100,  # fakes, and real frames, at most
     seed: int = 0,
+    windows: tuple[int, int] | str | None = "auto",  # side and stride in images larger than a frame; None: whole; auto: windows of one face for transformers
     batch_size: int | None = None,  # frames' worth of pixels explained at once; None: a million pixels
     dataset: str | None = None,  # None: what the catalogue says, else FaceForensics++
     compression: str | None = None,  # None: what the catalogue says, else c23
     options: dict[str, dict] | None = None,  # of the explainers
     progress: bool = False,
-) -> pd.DataFrame:  # SCORE_COLUMNS, then family, step, value, region, chance, probability, auc
+) -> pd.DataFrame:  # SCORE_COLUMNS, then video, family, step, value, region, chance, probability, auc
     """Localization of each explainer, and detection, at every step of every family.
 
     `region` is "mask" or "cell"; at step 0 a cell is everything, so it is left out. `chance` is the region's share of the image,
@@ -344,7 +344,8 @@ def play_departure(
     batch_size, device = batch_size or max(1, (1 << 20) // (height * width)), next(detector.parameters()).device
     crowded = any(DEPARTURES[family].neighbours for family in families)
     others = real_pool(detector, frames, spread(all_reals, 4 * REAL_POOL), batch_size) if crowded else None
-    scores, chances, found, samples = {}, {}, {0: {}, 1: {}}, []
+    windows = usual_windows(detector, (height, width)) if windows == "auto" else windows
+    scores, chances, found, samples, videos = {}, {}, {0: {}, 1: {}}, [], []
     batches = [(label, chosen[first:first + batch_size]) for label, chosen in ((1, fakes), (0, reals)) for first in range(0, len(chosen), batch_size)]
     for label, rows in tqdm(batches, desc="departure", unit="batch", disable=not progress):
         images, masks = frame_batch(frames, torch.as_tensor(rows), with_mask=label == 1)
@@ -352,13 +353,15 @@ def play_departure(
             kept = masks.flatten(1).any(1)
             images, masks, rows = images[kept], masks[kept].to(device), rows[kept.cpu().numpy()]
             samples += frames.catalog["frame"].iloc[rows].tolist()
+            videos += frames.catalog["video"].iloc[rows].tolist()
         if len(rows) == 0:
             continue
         for family, step, some, regions in steps_of(images.to(device), masks, rows, families, seed, others, batch_size):
             if label == 0:
                 probabilities = plain_logits(detector, some).double().softmax(1)[:, 1].cpu().numpy()
             else:
-                probabilities, scored = score_step(detector, some, regions, explainers, thresholds, options, controls)
+                larger = windows if tuple(some.shape[2:]) != (height, width) else None
+                probabilities, scored = score_step(detector, some, regions, explainers, thresholds, options, controls, larger)
                 for region, by_name in scored.items():
                     chances.setdefault((family, step, region), []).append(regions[region].flatten(1).double().mean(1).cpu().numpy())
                     kept_scores = scores.setdefault((family, step, region), {})
@@ -371,8 +374,8 @@ def play_departure(
         warnings.warn(f"{len(fakes) - len(samples)} of {len(fakes)} fakes were left out because their masks are empty.", stacklevel=2)
     fixed = {"game": "departure", "detector": detector, "dataset": dataset, "compression": compression}
     keys = ordered(scores, families)
-    table = pd.concat([rows for key in keys for rows in step_rows(key, scores, chances, found, thresholds, samples, fixed)], ignore_index=True)
-    table.attrs.update(frames=len(samples), reals=len(reals))
+    table = pd.concat([rows for key in keys for rows in step_rows(key, scores, chances, found, thresholds, samples, videos, fixed)], ignore_index=True)
+    table.attrs.update(frames=len(samples), reals=len(reals), windows=windows)
     return table
 
 
@@ -382,7 +385,7 @@ def ordered(scores: dict, families: Sequence[str]) -> list[tuple[str, int, str]]
             if (family if step else None, step, region) in scores]
 
 
-def step_rows(key, scores, chances, found, thresholds, samples, fixed):
+def step_rows(key, scores, chances, found, thresholds, samples, videos, fixed):
     "The table of each explainer at one step."
     family, step, region = key
     at = (family if step else None, step)
@@ -391,5 +394,5 @@ def step_rows(key, scores, chances, found, thresholds, samples, fixed):
     for name, parts in scores[(*at, region)].items():
         table = score_table(joined(parts), thresholds, samples, explainer=name, **fixed)
         times = len(table) // len(samples)
-        yield table.assign(family=family, step=step, value=float(DEPARTURES[family].values[step]), region=region,
+        yield table.assign(video=np.tile(np.array(videos, dtype=object), times), family=family, step=step, value=float(DEPARTURES[family].values[step]), region=region,
                            chance=np.tile(np.concatenate(chances[(*at, region)]), times), probability=np.tile(fake, times), auc=auc)

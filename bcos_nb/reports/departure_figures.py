@@ -6,11 +6,14 @@
 __all__ = ['departure_means', 'departure_figure', 'add_curve']
 
 # %% ../../nbs/reports/departure_figures.ipynb #1ecb8085
+import math
+
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..games.departure import DEPARTURES
+from ..games.statistics import score_intervals
 from .figures import EXPLAINER_MARKERS, LAYOUT, b_colour, curve_colour, ordered_curves, short_name
 from .tables import CONTROLS, explainer_name
 
@@ -19,16 +22,20 @@ def departure_means(
     table: pd.DataFrame,  # of `play_departure`, of one detector or several
     threshold: float = 0.0,
     weighting: str = "weighted",
-) -> pd.DataFrame:  # arch, b, explainer, family, region, step, value, score, chance, probability, auc, frames
-    """Means over frames. Raises ValueError for a threshold or weighting that was not scored."""
+) -> pd.DataFrame:  # arch, b, explainer, family, region, step, value, score, low, high, chance, probability, auc, frames
+    """Means over frames; `low` and `high` bound the 95 % interval of the score, by video (NaN in a table without videos). Raises ValueError for a threshold or weighting that was not scored."""
     chosen = table[((table["threshold"] - threshold).abs() < 1e-9) & (table["weighting"] == weighting)]
     if chosen.empty:
         raise ValueError(f"The table has no scores at threshold {threshold:g}, {weighting}. It has the thresholds "
                          f"{', '.join(f'{value:g}' for value in sorted(table['threshold'].unique()))} and {', '.join(table['weighting'].unique())}.")
-    groups = chosen.groupby(["arch", "b", "explainer", "family", "region", "step"], dropna=False, sort=False)
+    rows = ["arch", "b", "explainer", "family", "region", "step"]
+    groups = chosen.groupby(rows, dropna=False, sort=False)
     means = groups.agg(value=("value", "first"), score=("score", "mean"), chance=("chance", "mean"), probability=("probability", "mean"),
                        auc=("auc", "first"), frames=("sample", "nunique"))
-    return means.reset_index()
+    means = means.reset_index()
+    if "video" not in chosen:  # a table without it has no intervals
+        return means.assign(low=math.nan, high=math.nan)
+    return means.merge(score_intervals(chosen, rows)[[*rows, "low", "high"]], on=rows, how="left")
 
 # %% ../../nbs/reports/departure_figures.ipynb #5b60a7c9
 def departure_figure(
@@ -86,9 +93,11 @@ def add_curve(
     symbol: str | None,  # None: a line without markers
     rank: int,  # in the legend
 ) -> None:
-    """One line of one panel; its name stands in the legend once."""
+    """One line of one panel, with error bars where it has an interval; its name stands in the legend once."""
     known = any(trace.name == name for trace in figure.data)
     rows = rows.sort_values("step")
+    bars = dict(type="data", symmetric=False, array=rows["high"] - rows[column], arrayminus=rows[column] - rows["low"], thickness=1, width=2) if column == "score" else None
+    between = [f" ({low:.3f} to {high:.3f})" if column == "score" and pd.notna(low) else "" for low, high in zip(rows["low"], rows["high"])]
     figure.add_scatter(x=rows["step"], y=rows[column], name=name, legendgroup=name, showlegend=not known, legendrank=rank, row=row, col=place,
                        mode="lines+markers" if symbol else "lines", line=dict(color=color, width=2, dash=dash),
-                       marker=dict(symbol=symbol or "circle", size=6), hovertemplate=f"<b>{name}</b><br>%{{x}}: %{{y:.3f}}<extra></extra>")
+                       marker=dict(symbol=symbol or "circle", size=6), error_y=bars, customdata=between, hovertemplate=f"<b>{name}</b><br>%{{x}}: %{{y:.3f}}%{{customdata}}<extra></extra>")
