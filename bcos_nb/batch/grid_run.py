@@ -331,7 +331,7 @@ def schedule(
                 ended(job, "failed", 0.0, f"not started, for it needs {(broken + orphaned)[0]}, which is not complete")
         going = {job.run_dir for job, _, _ in running.values()}
         for job in list(waiting):
-            if not slots:
+            if not slots or not getattr(pool, "has_room", lambda: True)():  # a cluster's workers come and go
                 break
             if job.run_dir in going or again.get(job.run_dir, 0) > time.monotonic() or not all(map(is_complete, job.after)):
                 continue
