@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'NO_MATTER', 'OF_DETECTOR', 'State', 'state_of', 'seconds_of', 'notebook_seconds', 'write_grid', 'read_grid',
-           'found_runs', 'grid_states', 'Known', 'known_runs', 'likeness', 'estimate', 'Outlook', 'outlook', 'summary',
-           'status_view']
+           'found_runs', 'grid_states', 'Known', 'known_runs', 'record_runs', 'likeness', 'estimate', 'Outlook',
+           'outlook', 'summary', 'status_view']
 
 # %% ../../nbs/batch/status.ipynb #2062ea54
 import csv
@@ -137,6 +137,19 @@ def known_runs(runs: str | os.PathLike) -> list[Known]:  # those here first
         return here + [Known(row["experiment"], json.loads(row["params"]), float(row["seconds"]), False) for row in csv.DictReader(rows)]
 
 
+def record_runs(
+    runs: str | os.PathLike,  # folder of runs
+    path: str | os.PathLike,  # the CSV to write: experiment, seconds, params as JSON
+) -> int:                     # how many
+    """Writes how long the complete runs of a folder took, as data/bench/runs.csv has it."""
+    rows = [one for one in known_runs(runs) if one.here]
+    with Path(path).open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["experiment", "seconds", "params"])
+        table.writerows([one.experiment, round(one.seconds), json.dumps({key: value for key, value in one.params.items() if key not in NO_MATTER and value is not None})] for one in rows)
+    return len(rows)
+
+
 def likeness(params: Mapping[str, Any], level: int) -> str:
     """What two runs must have in common: 0 all that matters, 1 all but B, 2 all but B and the detector."""
     left_out = NO_MATTER + (("b",) if level else ()) + (OF_DETECTOR if level > 1 else ())
@@ -224,9 +237,11 @@ def status_view(jobs: Sequence[Job], states: Sequence[State], left: Outlook | No
     running = [state for state in states if state.kind == "running"]
     if running:
         now = Table.grid(padding=(0, 2, 0, 0))
+        for column in range(5):
+            now.add_column(no_wrap=True, overflow="ellipsis", ratio=1 if column == 4 else None)
         for state in running:
-            now.add_row(state.label, ProgressBar(total=1, completed=state.fraction or 0, width=20), f"{state.fraction:4.0%}" if state.fraction is not None else "", clock(state.seconds),
-                        state.text or "starting", f"process {state.pid} on {state.host}")
+            now.add_row(state.label, ProgressBar(total=1, completed=state.fraction or 0, width=10), f"{state.fraction:4.0%}" if state.fraction is not None else "", clock(state.seconds),
+                        f"{state.text or 'starting'} (process {state.pid} on {state.host})")
         parts.append(now)
     for state in states:
         if state.kind == "stale":
