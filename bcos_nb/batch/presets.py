@@ -195,6 +195,8 @@ def preset_jobs(
             needed = [] if experiment == "detect" else controls
             known = {"shuffled": f"../../controls/{control.run_dir.name}" for control in needed}
             evaluations += plan_jobs(notebook_of(experiment), [who | params[experiment] | known], home / experiment, after=[job.run_dir, *(control.run_dir for control in needed)])
+    for job in trainings + evaluations:
+        job.label = job.run_dir.relative_to(runs.resolve()).as_posix()
     searches = search_jobs(preset, runs, data) if "search" in asked else []
     return without(once(trainings) + once(evaluations) + searches, preset.get("exclude"), f"the preset {preset['name']}")
 
