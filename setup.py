@@ -20,6 +20,7 @@ PACKAGE_DATA = {
     "data/presets/detectors/study": "*.yaml",
     "data/presets/detectors/ours": "*.yaml",
     "data/presets/search": "*.yaml",
+    "data/presets/cluster": "*.*",
     "nbs/experiments": "*.ipynb",
     "nbs/explore": "*.ipynb",
 }

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'MANY_PICTURES', 'TASKS', 'search_app', 'SearchFolder', 'SearchStorage', 'SearchName', 'explained',
            'tell', 'check', 'show_findings', 'forge', 'forge_here', 'took', 'read_jobs', 'preset_of', 'forge_missing',
-           'finish_task', 'show_games', 'report_failures', 'parse_duration', 'show_plan', 'run', 'status', 'report',
-           'explore_folder', 'lab', 'prepare', 'pack', 'report_is_current', 'demo', 'search_run', 'opened_search',
-           'search_status', 'search_best', 'search_report', 'main']
+           'finish_task', 'show_games', 'report_failures', 'parse_duration', 'show_plan', 'slots_on', 'run', 'status',
+           'report', 'explore_folder', 'lab', 'prepare', 'pack', 'report_is_current', 'demo', 'search_run',
+           'opened_search', 'search_status', 'search_best', 'search_report', 'main']
 
 # %% ../nbs/cli.ipynb #6d468884
 import functools
@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Callable, Optional
 
@@ -312,6 +313,22 @@ def show_plan(planned: list, runs: Path, jobs: int | None) -> None:
     tell(f"{summary(planned, states, outlook(planned, states, known, slots))}; {slots} at once. Nothing was started.", "bold")
 
 
+@contextmanager
+def slots_on(
+    cluster: str | None,  # what --cluster says; None: this machine
+    runs: Path,           # folder of the runs
+    jobs: int | None,     # runs at once, at most
+):                        # the arguments of run_jobs that say where
+    """Where a grid's runs go: to worker processes here, or to the workers of a cluster for as long as the grid lasts."""
+    if cluster is None:
+        yield {"at_once": jobs}
+        return
+    from bcos_nb.batch.cluster import open_cluster
+
+    with open_cluster(cluster, runs, tell) as executor:
+        yield {"executor": executor, "kernels": ["the worker's own"], "at_once": jobs or sys.maxsize}
+
+
 @app.command(epilog="Several may be started on one folder, here or on other machines that see it: they share the work, and each ends when all is done. Ctrl-C ends a run's kernel and keeps what is complete.")
 @explained
 def run(
@@ -325,6 +342,7 @@ def run(
     time_limit: Annotated[Optional[str], typer.Option(help="End a run that takes longer: 90s, 30m, 2h, 1:30:00.", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run, what is complete, and how long it would take.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for runs that somebody else is writing, or report them as busy.")] = True,
+    cluster: Annotated[Optional[str], typer.Option(help="On a Dask cluster: tcp://host:8786 or a scheduler file (.json), or a YAML for Slurm (see nbs/batch/cluster.ipynb).", show_default=False)] = None,
 ):
     """Do the runs of a grid that are not complete."""
     if preset and grid not in TASKS:
@@ -341,7 +359,8 @@ def run(
     if chosen:
         forge_missing(planned, chosen, data)
     write_grid(planned, runs)
-    table = run_jobs(planned, at_once=jobs, wait_for_others=wait, retry_failed=retry_failed, time_limit=limit)
+    with slots_on(cluster, runs, jobs) as slots:
+        table = run_jobs(planned, wait_for_others=wait, retry_failed=retry_failed, time_limit=limit, **slots)
     report_failures(table, runs)
     tell(f"All {len(table)} runs in {runs} are complete; {int((table.status == 'done').sum())} of them were done now ({took(begin)}).", "green")
     if grid in TASKS:
