@@ -248,12 +248,14 @@ def test_what_failed_is_left_alone_unless_it_is_asked_for(notebook, tmp_path):
     assert read_failure(out.parent / left.run[0])["time"] > when
 
 
-def test_a_run_over_its_time_is_ended_with_its_kernel_and_the_others_go_on(notebook, tmp_path):
+def test_a_run_over_its_time_is_ended_with_its_kernel(notebook, tmp_path):
     out = tmp_path / "runs" / "small"
-    table = run_grid(notebook, [{"b": 1, "seconds": 600.0}, {"b": 2}], out, kernels=[KERNEL] * 2, progress=False, time_limit=15)
-    assert table.status.tolist() == ["failed", "done"] and "ended after 15 s, its time limit" in table.error[0]
+    table = run_grid(notebook, [{"b": 1, "seconds": 600.0}], out, kernels=[KERNEL], progress=False, time_limit=12)
     late = out.parent / table.run[0]
-    assert not psutil.pid_exists(int((late / "pid").read_text())) and not is_complete(late) and "time limit" in read_failure(late)["error"]
+    assert table.status.tolist() == ["failed"] and "ended after 12 s, its time limit" in table.error[0] and table.error[0] == read_failure(late)["error"]
+    assert not is_complete(late) and not (late / "lock").exists()
+    if (late / "pid").exists():  # a slow machine's kernel may not have come so far
+        assert not psutil.pid_exists(int((late / "pid").read_text()))
 
 
 def test_the_notebook_can_be_opened_at_any_time_while_it_runs(notebook, tmp_path):
