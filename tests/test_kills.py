@@ -136,6 +136,27 @@ def test_a_kernel_a_worker_and_the_parent_are_killed(notebooks, tmp_path):
     check_kills(notebooks, tmp_path, whom, seed=7, limit=240)
 
 
+def test_of_two_grids_on_one_folder_one_is_killed_and_the_other_does_the_rest(notebooks, tmp_path):
+    here = os.path.dirname(os.path.abspath(__file__))
+    first, second = (subprocess.Popen([sys.executable, "-c", GRID, here, str(notebooks), str(tmp_path / "runs")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2))
+    end = time.monotonic() + 120
+    while not (locks := list((tmp_path / "runs").glob("*/*/lock"))) or not any(victims(first)["kernel"]):
+        assert time.monotonic() < end and locks is not None
+        time.sleep(0.05)
+    time.sleep(random.Random(11).uniform(0, 1))
+    first.kill()
+    first.communicate()
+    said = second.communicate(timeout=180)[0]
+    assert second.returncode == 0, said
+    folders = [file.parent for file in (tmp_path / "runs").glob("*/*/metrics.json")]
+    assert len(folders) == 2 * len(NAMES) and not list((tmp_path / "runs").glob("*/*/lock"))
+    for name in NAMES:  # six times SHA-256, as the notebook has it
+        value = name
+        for _ in range(6):
+            value = hashlib.sha256(value.encode()).hexdigest()
+        assert value in {json.loads((folder / "metrics.json").read_text()).get("value") for folder in folders}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_many_are_killed_at_random_moments(notebooks, tmp_path, seed):
