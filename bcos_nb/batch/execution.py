@@ -108,7 +108,7 @@ def end_family(pid: int) -> None:
 
     try:
         process = psutil.Process(pid)
-        family = [*process.children(recursive=True), process]
+        family = [process, *process.children(recursive=True)]  # first who would notice that the others are gone
     except psutil.NoSuchProcess:
         return
     for member in family:

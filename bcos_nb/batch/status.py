@@ -237,8 +237,9 @@ def status_view(jobs: Sequence[Job], states: Sequence[State], left: Outlook | No
     running = [state for state in states if state.kind == "running"]
     if running:
         now = Table.grid(padding=(0, 2, 0, 0))
-        for column in range(5):
-            now.add_column(no_wrap=True, overflow="ellipsis", ratio=1 if column == 4 else None)
+        for width in (min(40, max(len(state.label) for state in running)), 10, 4, 7):
+            now.add_column(no_wrap=True, overflow="ellipsis", width=width)
+        now.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         for state in running:
             now.add_row(state.label, ProgressBar(total=1, completed=state.fraction or 0, width=10), f"{state.fraction:4.0%}" if state.fraction is not None else "", clock(state.seconds),
                         f"{state.text or 'starting'} (process {state.pid} on {state.host})")
