@@ -109,7 +109,7 @@ def test_the_mini_grid_has_all_backbones_all_b_and_all_that_a_report_asks_for():
     jobs = preset_jobs(load_preset("mini"), "runs")
     trained = [job.params for job in jobs if job.notebook.stem == "train"]
     assert {params["arch"] for params in trained} >= {"resnet34", "xception", "vitc_ti", "vgg16", "densenet121", "inception_v3", "convnext_tiny"}
-    for arch in ("resnet34", "xception", "vitc_ti"):
+    for arch in ("resnet34", "xception", "vitc_ti", "vgg16", "densenet121", "inception_v3", "convnext_tiny"):
         assert {params["b"] for params in trained if params["arch"] == arch} == {None, 1.25, 1.75, 2, 2.5}
     assert {job.notebook.stem for job in jobs} == {"train", "detect", "mask_game", "grid_game", "search"}
     assert any(params["training"].get("guidance") for params in trained)
