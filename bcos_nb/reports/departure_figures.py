@@ -37,6 +37,7 @@ def departure_figure(
     weighting: str = "weighted",
     *,
     region: str = "mask",  # or "cell": the whole frame's place, where it is only a part of the image
+    hidden: tuple[int, ...] = (),  # kinds of curves that wait in the legend, as `curve_kind` numbers them
 ) -> go.Figure:
     """Localization of every explainer, and detection of every detector, over the steps of each family.
 
@@ -56,7 +57,7 @@ def departure_figure(
             name = explainer_name(explainer) if control else f"{explainer_name(explainer)}, {short_name(means, arch, b)}"
             dash = "dot" if control else "solid" if explainer == "bcos" or pd.isna(b) else "dash"
             symbol = None if control else EXPLAINER_MARKERS.get(explainer, "circle")
-            add_curve(figure, rows, "score", name, place, 1, color=curve_colour(explainer, b), dash=dash, symbol=symbol, rank=kind * 100)
+            add_curve(figure, rows, "score", name, place, 1, color=curve_colour(explainer, b), dash=dash, symbol=symbol, rank=kind * 100, hidden=kind in hidden)
         add_curve(figure, here.drop_duplicates("step"), "chance", "share of the image", place, 1, color="#999999", dash="dot", symbol=None, rank=400)
         for (arch, b), rows in here.groupby(["arch", "b"], dropna=False, sort=False):
             rows, name = rows.drop_duplicates("step"), short_name(means, arch, b)
@@ -85,10 +86,11 @@ def add_curve(
     dash: str,
     symbol: str | None,  # None: a line without markers
     rank: int,  # in the legend
+    hidden: bool = False,  # whether it waits in the legend
 ) -> None:
     """One line of one panel; its name stands in the legend once."""
     known = any(trace.name == name for trace in figure.data)
     rows = rows.sort_values("step")
     figure.add_scatter(x=rows["step"], y=rows[column], name=name, legendgroup=name, showlegend=not known, legendrank=rank, row=row, col=place,
-                       mode="lines+markers" if symbol else "lines", line=dict(color=color, width=2, dash=dash),
+                       mode="lines+markers" if symbol else "lines", visible="legendonly" if hidden else True, line=dict(color=color, width=2, dash=dash),
                        marker=dict(symbol=symbol or "circle", size=6), hovertemplate=f"<b>{name}</b><br>%{{x}}: %{{y:.3f}}<extra></extra>")
