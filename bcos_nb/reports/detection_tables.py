@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DETECTION_TABLES', 'SUBSETS', 'NAMES', 'RESULT_COLUMNS', 'KEY', 'SHORT', 'READING', 'study_rows', 'read_results',
-           'results_of', 'old_results', 'described', 'our_rows', 'study_table', 'row_name', 'detection_cell',
-           'detection_table', 'table_caption', 'all_tables']
+           'result_rows', 'results_of', 'old_results', 'described', 'our_rows', 'study_table', 'row_name',
+           'detection_cell', 'detection_table', 'table_caption', 'all_tables']
 
 # %% ../../nbs/reports/detection_tables.ipynb #71a36869
 import json
@@ -57,7 +57,7 @@ def read_results(
     parts, missing = [], []
     for file in (file for pattern in ("detect/*/metrics.json", "*/detect/*/metrics.json") for file in sorted(runs.glob(pattern))):
         try:
-            parts.append(results_of(file.parent))
+            parts.append(result_rows(file.parent))
         except (OSError, ValueError, KeyError, TypeError) as error:
             missing.append({"experiment": "detect", "run": file.parent.name, "reason": f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"})
     table = pd.concat(parts, ignore_index=True).reindex(columns=RESULT_COLUMNS) if parts else pd.DataFrame(columns=RESULT_COLUMNS)
@@ -65,7 +65,7 @@ def read_results(
     return table
 
 
-def results_of(
+def result_rows(
     folder: Path,  # of a complete detection run
 ) -> pd.DataFrame:  # RESULT_COLUMNS
     """One run's numbers, with what its detector was trained on. Raises OSError, ValueError or KeyError if it cannot be read."""
@@ -78,6 +78,16 @@ def results_of(
     about = dict(run=folder.name, arch=named["arch"], b=math.nan if b is None else float(b), train_set=trained.get("dataset", params.get("dataset", "")),
                  train_compression=trained.get("compression") or "own", stands_for=described(named["arch"], trained))
     return found.assign(**about if trained else about | {"train_compression": "c23"})
+
+
+def results_of(
+    folder: Path,  # of a complete detection run
+) -> pd.DataFrame | None:  # RESULT_COLUMNS, None if it cannot be read
+    """One run's numbers, where there are any."""
+    try:
+        return result_rows(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def old_results(metrics: dict, params: dict) -> pd.DataFrame:
