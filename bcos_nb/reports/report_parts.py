@@ -424,10 +424,11 @@ class Report:
 
     def claims(self) -> None:
         """The study's statements, each put to the test on these runs."""
-        from bcos_nb.reports.claims import claims_html, claims_table
+        from bcos_nb.reports.claims import OurTables, claims_html, claims_table
 
-        table = self.made("Claims", lambda: claims_table(self.root))
-        markup = None if table is None else self.made("Claims", lambda: claims_html(self.root))
+        tables = self.made("Claims", lambda: OurTables(self.root))
+        table = None if tables is None else self.made("Claims", lambda: claims_table(tables))
+        markup = None if table is None else self.made("Claims", lambda: claims_html(tables))
         if markup is not None:
             if self.out is not None:
                 (self.out / "tables").mkdir(parents=True, exist_ok=True)
