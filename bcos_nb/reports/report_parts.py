@@ -411,10 +411,13 @@ class Report:
 
     def gallery(self, part: str) -> None:
         """Pictures of maps: "maps" (Figures 1, 8, 9), "grid" (2, 10, 11) or "mask" (3)."""
-        if self.pictures is None:
+        def pictures() -> list[tuple]:
             from bcos_nb.reports.gallery import gallery_figures
 
-            self.pictures = self.made("Pictures of maps", lambda: gallery_figures(self.root), "mask_game") or []
+            return gallery_figures(self.root)
+
+        if self.pictures is None:
+            self.pictures = self.made("Pictures of maps", pictures, "mask_game") or []
         shown = [one for one in self.pictures if part_of(one[0]) == part]
         for name, caption, picture, described in shown:
             number = name.removeprefix("figure_").split("_")[0]
