@@ -34,7 +34,7 @@ import pandas as pd
 from scipy import stats
 
 from ..detection.metrics import drawn_counts, video_scores
-from ..games.statistics import percentile_tail, resampled_means
+from ..games.statistics import percentile_tail
 from .detection_tables import NAMES, results_of
 from .localization_tables import with_scenes
 from .paper import paper_arch, read_paper
@@ -195,8 +195,9 @@ class Draws:
     ) -> np.ndarray:  # how often each is taken, [D, V]
         key = (*names, labels is None)
         if key not in self._counts:
-            labels = np.ones(len(names), dtype=int) if labels is None else labels
-            self._counts[key] = drawn_counts(labels, self.size, self.random("\n".join(names)))
+            random, count = self.random("\n".join(names)), len(names)
+            self._counts[key] = (random.multinomial(count, np.full(count, 1 / count), size=self.size).astype(np.float64) if labels is None
+                                 else drawn_counts(labels, self.size, random))
         return self._counts[key]
 
     def random(self, name: str) -> np.random.Generator:
@@ -443,9 +444,12 @@ def judge(
     holding, contrary = deciding["holds" + wide[0]] == 1, deciding["holds" + wide[1]] == -1
     confirmed, refuted = (holding.any(), contrary.all()) if claim.need == "any" else (holding.all(), contrary.any())
     verdict = "confirmed" if confirmed else "refuted" if refuted else "not decidable"
-    chosen, suffix = {"confirmed": (deciding[holding], wide[0]), "refuted": (deciding[contrary], wide[1]), "not decidable": (deciding[~holding], "")}[verdict]
-    slack = chosen["slack" + suffix]
-    row = chosen.loc[slack.idxmax() if claim.need == "any" else slack.idxmin()]
+    pool = {"confirmed": holding, "refuted": contrary, "not decidable": ~holding & ~contrary if claim.need == "any" else ~holding}[verdict]
+    suffix = {"confirmed": wide[0], "refuted": wide[1], "not decidable": ""}[verdict]
+    slack = deciding.loc[pool, "slack" + suffix]
+    row = deciding.loc[slack.idxmax() if claim.need == "any" else slack.idxmin()]
+    if verdict == "not decidable" and row["holds"]:  # alone it would count, as one of several it does not
+        suffix = " wide"
     why = " ".join(part for part in (reasoned(claim, verdict, table, averaged, bool(suffix)), absent) if part)
     return Verdict(verdict, row["row"], row["effect"], row["low" + suffix], row["high" + suffix], row["videos"], why, table[ROW_COLUMNS])
 
@@ -475,13 +479,13 @@ def reasoned(claim: Claim, verdict: str, table: pd.DataFrame, averaged: bool, wi
     rows = table.iloc[1:] if averaged else table
     count, hold, contrary = len(rows), int((rows["holds"] == 1).sum()), int((rows["holds"] == -1).sum())
     some = f"{hold} of {count} rows hold" + (f", {contrary} {'is' if contrary == 1 else 'are'} contrary" if contrary else "")
-    wide = f" (interval for {count} comparisons)" if widened and count > 1 else ""
+    wide = f" (interval widened for {count} comparisons)" if widened and count > 1 else ""
     if averaged:
         return f"On average; alone, {some}."
     if count == 1:
         return {"not decidable": "The interval reaches over the bound."}.get(verdict, "")
     if verdict == "not decidable":
-        return f"{some}; the interval of the row shown reaches over the bound."
+        return f"{some}; the interval of the row shown reaches over the bound{wide}."
     if claim.need == "any":
         return f"{some}; the clearest is shown{wide}." if verdict == "confirmed" else f"All {count} rows are contrary; the least is shown."
     return f"All {count} rows hold; the one with least to spare is shown." if verdict == "confirmed" else f"{some}; the worst is shown{wide}."
