@@ -16,9 +16,11 @@ PACKAGE_DATA = {
     "data/paper": "*.csv",
     "data/examples": "*.*",
     "data/presets": "*.yaml",
+    "data/presets/grids": "*.yaml",
     "data/presets/detectors/study": "*.yaml",
     "data/presets/detectors/ours": "*.yaml",
     "data/presets/search": "*.yaml",
+    "data/presets/cluster": "*.*",
     "nbs/experiments": "*.ipynb",
     "nbs/explore": "*.ipynb",
 }

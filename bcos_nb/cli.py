@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'MANY_PICTURES', 'TASKS', 'search_app', 'SearchFolder', 'SearchStorage', 'SearchName', 'explained',
            'tell', 'check', 'show_findings', 'forge', 'forge_here', 'took', 'read_jobs', 'preset_of', 'forge_missing',
-           'finish_task', 'show_games', 'report_failures', 'run', 'report', 'explore_folder', 'lab', 'prepare', 'pack',
-           'report_is_current', 'demo', 'search_run', 'opened_search', 'search_status', 'search_best', 'search_report',
-           'main']
+           'finish_task', 'show_games', 'report_failures', 'parse_duration', 'show_plan', 'slots_on', 'run', 'status',
+           'report', 'explore_folder', 'lab', 'prepare', 'pack', 'report_is_current', 'demo', 'search_run',
+           'opened_search', 'search_status', 'search_best', 'search_report', 'main']
 
 # %% ../nbs/cli.ipynb #6d468884
 import functools
@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Callable, Optional
 
@@ -156,26 +157,31 @@ def read_jobs(
     grid: str,          # a preset's name, a preset's YAML or a grid's YAML
     out: Path | None,   # folder of the runs; None: runs/<name>
     data: Path | None,  # the dataset's root; None: what the preset says
-    experiments: tuple[str, ...] | None = None,  # which of a preset's; None: all
+    experiments: tuple[str, ...] | None = None,  # which of a preset's; None: what it says
+    words: list[str] | None = None,  # of --only
 ) -> tuple[list, Path]:  # jobs, folder of the runs
     """The jobs of a preset or grid, in order of importance."""
     from bcos_nb.batch.grid_run import grid_rows, plan_jobs
-    from bcos_nb.batch.presets import load_preset, notebook_of, preset_jobs, read_yaml
+    from bcos_nb.batch.presets import load_preset, notebook_of, only, preset_jobs, read_yaml, without
 
     path = Path(grid)
     content = read_yaml(path) if path.is_file() else None
     if not (isinstance(content, dict) and "notebook" in content):
         preset = load_preset(grid)
         runs = out or Path("runs") / preset["name"]
-        return preset_jobs(preset, runs, data, **({"experiments": experiments} if experiments else {})), runs
-    unknown = sorted(set(content) - {"notebook", "grid", "out"})
+        planned = preset_jobs(preset, runs, data, experiments)
+        return only(planned, words) if words else planned, runs
+    unknown = sorted(set(content) - {"notebook", "grid", "exclude", "out"})
     if unknown or "grid" not in content:
-        raise ValueError(f"{path} has {', '.join(content)}; a grid has notebook, grid and, if wanted, out.")
+        raise ValueError(f"{path} has {', '.join(content)}; a grid has notebook, grid and, if wanted, exclude and out.")
+    if not grid_rows(content["grid"]):
+        raise ValueError(f"{path}: its grid has no rows, because one of its lists is empty. Give each parameter at least one value.")
     notebook = str(content["notebook"])
     beside = path.parent / notebook
     rows = content["grid"] if data is None else [row | {"data": str(data)} for row in grid_rows(content["grid"])]
     runs = out or Path(content.get("out") or Path("runs") / path.stem)
-    return plan_jobs(beside if notebook.endswith(".ipynb") else notebook_of(notebook), rows, runs), runs
+    planned = without(plan_jobs(beside if notebook.endswith(".ipynb") else notebook_of(notebook), rows, runs), content.get("exclude"), str(path))
+    return only(planned, words) if words else planned, runs
 
 
 def preset_of(grid: str) -> dict | None:
@@ -258,50 +264,147 @@ def show_games(runs: Path) -> None:
     tell(f"All tables and figures of the games: {page.resolve()}; their numbers as CSV beside it.", "green")
 
 
-def report_failures(table, runs: Path) -> None:
+def report_failures(table, runs: Path, retried: bool = False) -> None:
     """Raises RuntimeError with the reason of every run that is not complete; those that only waited for such a one are counted."""
+    from bcos_nb.batch.grid_run import EARLIER
+
     broken = table[table.status.isin(["failed", "busy"])]
     if not len(broken):
         return
     causes = broken[~broken.error.str.startswith("not started")]
     reasons = "; ".join(f"{row.run}: {row.error}" for row in causes.itertuples())
-    waited = len(broken) - len(causes)
+    waited, left = len(broken) - len(causes), int(causes.error.str.startswith(EARLIER).sum())
     also = f" {waited} more were not started because they need one of these." if waited else ""
-    raise RuntimeError(f"{len(broken)} of {len(table)} runs in {runs} are not complete. {reasons}.{also} Start again to do what is missing.")
+    stays = (causes.status == "failed").any() and not retried
+    next_step = "Start again with --retry-failed to try failed runs again; without it they are left alone." if stays else "Start again to do what is missing."
+    if left == len(causes):
+        also += " Nothing failed now."
+    raise RuntimeError(f"{len(broken)} of {len(table)} runs in {runs} are not complete. {reasons}.{also} {next_step}")
 
 
-@app.command()
+def parse_duration(text: str) -> float:  # seconds
+    """A duration as a person writes it: 90s, 30m, 2h, 1:30:00."""
+    import re
+
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
+    parts = text.strip().split(":")
+    seconds = float(found[1]) * units[found[2]] if found else 0.0
+    if not found and len(parts) in (2, 3) and all(part.isdigit() for part in parts):
+        seconds = sum(int(part) * 60**power for power, part in enumerate(reversed(parts)))
+    if seconds <= 0:
+        raise ValueError(f"--time-limit {text} is no duration. Give one such as 90s, 30m, 2h or 1:30:00.")
+    return float(seconds)
+
+
+def show_plan(planned: list, runs: Path, jobs: int | None) -> None:
+    """Says what would run, what is complete, and how long it would take."""
+    from bcos_nb.batch.grid_run import clock
+    from bcos_nb.batch.kernels import kernel_specs
+    from bcos_nb.batch.status import estimate, grid_states, known_runs, outlook, summary
+
+    states, known, slots = grid_states(planned), known_runs(runs), jobs or len(kernel_specs())
+    for job, state in zip(planned, states):
+        seconds, source = estimate(job.notebook.stem, job.params, known)
+        about = f"about {clock(seconds)}" + (" (data/bench)" if source == "data/bench" else "") if seconds else ""
+        note = {"done": f"took {clock(state.seconds)}" if state.seconds else "", "failed": state.text, "running": f"{state.text or 'starting'} (process {state.pid} on {state.host})",
+                "stale": f"left by process {state.pid} on {state.host}, which is dead"}.get(state.kind, about)
+        tell(f"{'complete' if state.kind == 'done' else 'left' if state.kind == 'stale' else state.kind:<9} {job.label}  {note}".rstrip())
+    tell(f"{summary(planned, states, outlook(planned, states, known, slots))}; {slots} at once. Nothing was started.", "bold")
+
+
+@contextmanager
+def slots_on(
+    cluster: str | None,  # what --cluster says; None: this machine
+    runs: Path,           # folder of the runs
+    jobs: int | None,     # runs at once, at most
+):                        # the arguments of run_jobs that say where
+    """Where a grid's runs go: to worker processes here, or to the workers of a cluster for as long as the grid lasts."""
+    if cluster is None:
+        yield {"at_once": jobs}
+        return
+    from bcos_nb.batch.cluster import open_cluster
+
+    with open_cluster(cluster, runs, tell) as executor:
+        yield {"executor": executor, "kernels": ["the worker's own"], "at_once": jobs or sys.maxsize}
+
+
+@app.command(epilog="Several may be started on one folder, here or on other machines that see it: they share the work, and each ends when all is done. Ctrl-C ends a run's kernel and keeps what is complete.")
 @explained
 def run(
-    grid: Annotated[str, typer.Argument(help="A preset (demo), or a YAML file with a preset or a grid; or detection, games or localization, that part of --preset.")],
+    grid: Annotated[str, typer.Argument(help="A grid (demo, mini, study), or a YAML file; or detection, games or localization, that part of --preset.")],
     preset: Annotated[Optional[str], typer.Option(help="With detection, games or localization: the preset. Default: mini.", show_default=False)] = None,
     out: Annotated[Optional[Path], typer.Option(help="Folder of the runs. Default: runs/<name>.", show_default=False)] = None,
     data: Annotated[Optional[Path], typer.Option(help="Root of the dataset. Default: the preset's.", show_default=False)] = None,
+    only: Annotated[Optional[list[str]], typer.Option(help="A part, with what it needs: an experiment, a backbone, a number for B, ordinary, or parameter=value; may be repeated.", show_default=False)] = None,
     jobs: Annotated[Optional[int], typer.Option(help="Runs at once. Default: one for each GPU, or share of the processor.", show_default=False, min=1)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for runs that somebody else is writing.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try runs again that have failed before; else they are left alone.")] = False,
+    time_limit: Annotated[Optional[str], typer.Option(help="End a run that takes longer: 90s, 30m, 2h, 1:30:00.", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run, what is complete, and how long it would take.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for runs that somebody else is writing, or report them as busy.")] = True,
+    cluster: Annotated[Optional[str], typer.Option(help="On a Dask cluster: tcp://host:8786 or a scheduler file (.json), or a YAML for Slurm (see nbs/batch/cluster.ipynb).", show_default=False)] = None,
 ):
-    """Do the runs of a preset or grid that are not complete."""
+    """Do the runs of a grid that are not complete."""
     if preset and grid not in TASKS:
         raise ValueError(f"--preset goes with {' or '.join(TASKS)}, not with {grid}. Give the preset as the argument: bcos-nb run {preset}.")
-    source = (preset or "mini") if grid in TASKS else grid
-    planned, runs = read_jobs(source, out, data, TASKS.get(grid))
+    source, limit = (preset or "mini") if grid in TASKS else grid, parse_duration(time_limit) if time_limit else None
+    planned, runs = read_jobs(source, out, data, TASKS.get(grid), only)
     if dry_run:
-        from bcos_nb.batch.runs import is_complete
-
-        for job in planned:
-            tell(f"{'complete' if is_complete(job.run_dir) else 'to do':<9} {job.label}")
+        show_plan(planned, runs, jobs)
         return
     from bcos_nb.batch.grid_run import run_jobs
+    from bcos_nb.batch.status import write_grid
 
     begin, chosen = time.monotonic(), preset_of(source)
     if chosen:
         forge_missing(planned, chosen, data)
-    table = run_jobs(planned, at_once=jobs, wait_for_others=wait)
+    write_grid(planned, runs)
+    with slots_on(cluster, runs, jobs) as slots:
+        table = run_jobs(planned, wait_for_others=wait, retry_failed=retry_failed, time_limit=limit, **slots)
     report_failures(table, runs)
     tell(f"All {len(table)} runs in {runs} are complete; {int((table.status == 'done').sum())} of them were done now ({took(begin)}).", "green")
     if grid in TASKS:
         finish_task(grid, runs)
+
+
+@app.command()
+@explained
+def status(
+    where: Annotated[str, typer.Argument(help="A folder of runs, such as runs/mini; or a grid, as for run.")],
+    out: Annotated[Optional[Path], typer.Option(help="With a grid: folder of its runs. Default: runs/<name>.", show_default=False)] = None,
+    jobs: Annotated[Optional[int], typer.Option(help="Runs at once, for the time left. Default: one for each GPU, or share of the processor.", show_default=False, min=1)] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print once, also on a terminal while runs go on.")] = False,
+):
+    """Say what is done, running, failed and to do, and how long the rest takes; on a terminal, kept up to date while runs go on."""
+    from bcos_nb.batch.kernels import kernel_specs
+    from bcos_nb.batch.status import grid_states, known_runs, outlook, read_grid, status_view
+
+    folder = Path(where) if Path(where).is_dir() else None
+    if folder is None and (os.sep in where or "/" in where) and Path(where).suffix not in (".yaml", ".yml"):
+        raise FileNotFoundError(f"There is no folder of runs at {where}. Give one, or a grid's name; bcos-nb run makes runs/<name>.")
+    planned, runs = (read_grid(folder), folder) if folder else read_jobs(where, out, None)
+    if not planned:
+        raise FileNotFoundError(f"{runs} holds no runs. Start some: bcos-nb run demo --out {runs}.")
+    slots, console = jobs or len(kernel_specs()), Console(highlight=False)
+
+    def look():
+        states = grid_states(planned)
+        return any(state.kind == "running" for state in states), status_view(planned, states, outlook(planned, states, known_runs(runs), slots))
+
+    going, view = look()
+    if once or not going or not console.is_terminal:
+        console.print(view)
+        return
+    from rich.live import Live
+
+    try:
+        with Live(view, console=console, auto_refresh=False) as live:
+            while going:
+                time.sleep(2)
+                going, view = look()
+                live.update(view, refresh=True)
+    except KeyboardInterrupt:
+        return
 
 # %% ../nbs/cli.ipynb #1ebfaea0
 @app.command()
@@ -469,8 +572,10 @@ def demo(
     stage(2, f"Runs: {trainings} trainings and {len(planned) - trainings} evaluations in {out}{done}")
     if missing:
         from bcos_nb.batch.grid_run import run_jobs
+        from bcos_nb.batch.status import write_grid
 
-        report_failures(run_jobs(planned, at_once=jobs), out)
+        write_grid(planned, out)
+        report_failures(run_jobs(planned, at_once=jobs, wait_for_others=True), out, retried=True)
     stage(3, "Report")
     from bcos_nb.reports import write_report
 

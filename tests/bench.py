@@ -688,8 +688,39 @@ def resident_of_an_epoch(catalog, root, place, times):
     return float(done.stdout)
 
 
+# ---- batch runs
+
+def overhead_of_runs(runs):
+    """Seconds that each of some runs of a grid took on one kernel, less what its cells took, the grid's start shared among them."""
+    import nbformat
+
+    from bcos_nb.batch import install_kernels, run_grid
+
+    with tempfile.TemporaryDirectory() as folder:
+        cells = ["run_dir = ''\nk = 0", "import time\ntime.sleep(0.2)", "from bcos_nb.batch.runs import finish_run\nfinish_run(run_dir, {'k': k})"]
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+        notebook.cells[0].metadata["tags"] = ["parameters"]
+        nbformat.write(notebook, Path(folder, "trivial.ipynb"))
+        begin = time.perf_counter()
+        table = run_grid(Path(folder, "trivial.ipynb"), {"k": range(runs)}, Path(folder, "runs"), kernels=install_kernels(gpus=[])[:1], progress=False)
+        taken = time.perf_counter() - begin
+        if set(table["status"]) != {"done"}:
+            raise AssertionError(f"the grid's runs failed: {table['error'].tolist()}")
+        executed = [json.loads(file.read_text(encoding="utf-8")) for file in Path(folder).glob("runs/*/notebook.ipynb")]
+        return (taken - sum(cell["metadata"]["papermill"]["duration"] or 0 for content in executed for cell in content["cells"])) / runs
+
+
+def rows_of_batch(settings, device):
+    """What a grid costs beside its notebooks."""
+    runs = 4 if settings.repeats < 5 else 10
+    ours = [overhead_of_runs(runs) for _ in range(3)]
+    yield row("a run of a grid, less its cells", ours, [3.0] * len(ours), beside="the 3 s that it may take", at_most=1.0,
+              note=f"{runs} trivial notebooks one after the other; kernel start and end, papermill, locks, flushing to the disk")
+
+
 ROWS = dict(forward=rows_of_forward, steps=rows_of_steps, compiled=rows_of_compiled, memory=rows_of_memory, explanations=rows_of_explanations, lime=rows_of_lime,
-            layers=rows_of_layers, games=rows_of_games, training=rows_of_training, catalog=rows_of_catalog, loading=rows_of_loading, forging=rows_of_forging)
+            layers=rows_of_layers, games=rows_of_games, training=rows_of_training, catalog=rows_of_catalog, loading=rows_of_loading, forging=rows_of_forging,
+            batch=rows_of_batch)
 COLUMNS = ("room work beside b precision ours_s theirs_s ratio lowest highest ratio_is target reached ours_mb theirs_mb repeats note "
            "arch side batch torch device cpu cores threads gpu python date disturbed").split()
 

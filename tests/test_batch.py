@@ -14,6 +14,7 @@ import pytest
 
 from bcos_nb.batch import install_kernels, plan_jobs, run_grid, run_jobs, run_name
 from bcos_nb.batch import runs as rooms
+from bcos_nb.batch.execution import Watch, kernel_address, read_failure, watched_manager
 from bcos_nb.batch.runs import RunBusy, finish_run, is_complete, lock_run, publish_run, read_progress, report_progress, unlock_run, write_json
 
 KERNEL = install_kernels(gpus=[])[0]
@@ -170,7 +171,34 @@ def test_the_lock_of_another_machine_is_respected(tmp_path):
     assert lock.exists()
 
 
+def test_the_lock_of_another_machine_that_has_long_been_silent_is_taken_over(tmp_path):
+    lock = lock_run(tmp_path)
+    write_json(lock, json.loads(lock.read_text()) | {"host": "another-machine", "pid": 2**22 + 1})
+    long_ago = time.time() - rooms.SILENT - 60
+    os.utime(lock, (long_ago, long_ago))
+    assert json.loads(lock_run(tmp_path).read_text())["pid"] == os.getpid()
+
+
+def test_a_writer_shows_that_it_lives_and_stops_when_it_has_given_the_run_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(rooms, "BEAT", 0.05)
+    lock = lock_run(tmp_path)
+    os.utime(lock, (1e9, 1e9))
+    wait_until(lambda: time.time() - lock.stat().st_mtime < 10)
+    unlock_run(lock)
+    lock.write_text("{}")  # somebody else's
+    os.utime(lock, (1e9, 1e9))
+    time.sleep(0.3)
+    assert lock.stat().st_mtime == 1e9
+
+
 # Kernels
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Unix sockets")
+def test_kernels_share_no_addresses_and_no_ports(tmp_path):
+    managers = [watched_manager(Watch())(kernel_name=KERNEL) for _ in range(50)]
+    assert len({manager.ip for manager in managers}) == 50 and {manager.transport for manager in managers} == {"ipc"}
+    assert all(len(f"{kernel_address()['ip']}-5") < 104 for _ in range(3))
 
 
 def test_kernels_bind_gpus_and_threads(tmp_path):
@@ -194,7 +222,7 @@ def test_a_grid_runs_skips_and_reports(notebook, tmp_path):
     table = run_grid(notebook, rows, out, kernels=[KERNEL] * 2, progress=False)
     assert table.status.tolist() == ["done", "done", "failed", "failed", "failed", "done"]
     assert table.error[2].startswith("ValueError: last line of purpose") and "notebook.ipynb" in table.error[2]
-    assert "died" in table.error[4].lower()
+    assert "died" in table.error[4].lower() and "ended with code 3" in table.error[4]
     complete = metrics_of(out)
     assert sorted(one["square"] for one in complete.values()) == [1.5625, 4, 25]
     assert {one["threads"] for one in complete.values()} == {"1"}
@@ -206,6 +234,39 @@ def test_a_grid_runs_skips_and_reports(notebook, tmp_path):
     times = {file: file.stat().st_mtime_ns for file in out.glob("*/metrics.json")}
     again = run_grid(notebook, rows[:2], out, kernels=[KERNEL], progress=False)
     assert again.status.tolist() == ["skipped"] * 2 and times == {file: file.stat().st_mtime_ns for file in out.glob("*/metrics.json")}
+
+
+def test_what_failed_is_left_alone_unless_it_is_asked_for(notebook, tmp_path):
+    first, out = [{"b": 2, "fails": "purpose"}], tmp_path / "runs" / "small"
+    rows = [*first, {"b": 3}]
+    assert run_grid(notebook, first, out, kernels=[KERNEL], progress=False).status.tolist() == ["failed"]
+    when = read_failure(out / plan_jobs(notebook, first, out)[0].run_dir.name)["time"]
+    left = run_grid(notebook, rows, out, kernels=[KERNEL], progress=False, retry_failed=False)
+    assert left.status.tolist() == ["failed", "done"] and left.error[0].startswith("failed before and was left alone: ValueError: last line of purpose")
+    assert read_failure(out.parent / left.run[0])["time"] == when
+    assert run_grid(notebook, rows, out, kernels=[KERNEL], progress=False).status.tolist() == ["failed", "skipped"]
+    assert read_failure(out.parent / left.run[0])["time"] > when
+
+
+def test_a_run_over_its_time_is_ended_with_its_kernel(notebook, tmp_path):
+    out = tmp_path / "runs" / "small"
+    table = run_grid(notebook, [{"b": 1, "seconds": 600.0}], out, kernels=[KERNEL], progress=False, time_limit=12)
+    late = out.parent / table.run[0]
+    assert table.status.tolist() == ["failed"] and "ended after 12 s, its time limit" in table.error[0] and table.error[0] == read_failure(late)["error"]
+    assert not is_complete(late) and not (late / "lock").exists()
+    if (late / "pid").exists():  # a slow machine's kernel may not have come so far
+        assert not psutil.pid_exists(int((late / "pid").read_text()))
+
+
+def test_the_notebook_can_be_opened_at_any_time_while_it_runs(notebook, tmp_path):
+    job, = plan_jobs(notebook, [{"b": 2, "seconds": 2.0}], tmp_path / "out")
+    grid = subprocess.Popen([sys.executable, "-c", GRID, str(notebook), str(tmp_path / "out"), "", "2", "wait"], stdout=subprocess.PIPE)
+    executed, seen = job.run_dir.parent, set()
+    while grid.poll() is None:
+        for file in executed.glob("*/notebook.ipynb"):
+            cells = json.loads(file.read_text())["cells"]  # whole, whenever one looks
+            seen.add(sum(cell.get("execution_count") is not None for cell in cells))
+    assert grid.wait() == 0 and {1, max(seen)} <= seen and max(seen) >= 4, seen
 
 
 def test_runs_wait_for_what_they_need_and_are_not_started_without_it(notebook, tmp_path):

@@ -46,6 +46,11 @@ def test_help_is_quick_and_needs_no_torch():
     (["run", "wrong.yaml"], ["wrong.yaml", "epocs", "unknown section"]),
     (["run", "torn.yaml"], ["torn.yaml is not YAML"]),
     (["run", "grid.yaml"], ["no parameter 'B'", "grid"]),
+    (["run", "hollow.yaml"], ["its grid has no rows"]),
+    (["run", "spared.yaml"], ["exclude", "fits no run", "b: 1, 2"]),
+    (["run", "demo", "--only", "resnet99"], ["resnet99 names no run", "resnet10", "mask_game"]),
+    (["run", "demo", "--time-limit", "30"], ["30 is no duration", "30m"]),
+    (["status", "no/such"], ["no folder of runs at no/such"]),
     (["demo", "--preset", "no_data.yaml"], ["some/where does not exist", "--data"]),
     (["report", "empty"], ["empty"]),
 ])
@@ -53,6 +58,8 @@ def test_a_mistake_is_answered_with_one_paragraph(tmp_path, arguments, said):
     (tmp_path / "wrong.yaml").write_text("data: {root: x}\ndetectors: {arch: resnet10}\nepocs: 3\n")
     (tmp_path / "torn.yaml").write_text("data: {root: [\n")
     (tmp_path / "grid.yaml").write_text("notebook: train\ngrid: {B: [1, 2]}\n")
+    (tmp_path / "hollow.yaml").write_text("notebook: train\ngrid: {b: []}\n")
+    (tmp_path / "spared.yaml").write_text("notebook: train\ngrid: {b: [1, 2]}\nexclude: [{b: 3}]\n")
     (tmp_path / "no_data.yaml").write_text("data: {root: some/where}\ndetectors: {arch: resnet10}\n")
     (tmp_path / "empty").mkdir()
     answer = program(*arguments, cwd=tmp_path)
@@ -75,7 +82,7 @@ def test_a_preset_makes_its_runs_and_passes_what_differs(tmp_path):
     assert rate == {2: 1e-3, None: 2e-3} and all("ordinary" not in job.params["training"] for job in jobs[:2])
     assert {job.params["data"] for job in jobs} == {"/elsewhere"} and jobs[0].params["width"] == 0.25
     dry = program("run", path, "--dry-run", cwd=tmp_path)
-    assert dry.returncode == 0 and dry.stdout.count("to do") == 8 and not (tmp_path / "runs").exists()
+    assert dry.returncode == 0 and sum(line.startswith("to do") for line in dry.stdout.splitlines()) == 8 and "8 runs: 8 to do" in dry.stdout and not (tmp_path / "runs").exists()
 
 
 @pytest.fixture
@@ -149,6 +156,33 @@ def test_a_grid_file_runs_a_notebook_of_yours(stubs, tmp_path):
     answer = CliRunner().invoke(cli.app, ["run", "grid.yaml"])
     assert answer.exit_code == 0 and "All 2 runs in somewhere are complete; 2 of them were done now" in answer.output
     assert len(list((tmp_path / "somewhere").glob("*/metrics.json"))) == 2
+
+
+def test_a_part_of_a_grid_its_state_and_what_failed(stubs, tmp_path):
+    def said(*arguments):
+        answer = CliRunner().invoke(cli.app, list(map(str, arguments)))
+        return answer.exit_code, " ".join(answer.output.split())
+
+    (tmp_path / "broken").touch()
+    code, text = said("run", "tiny.yaml", "--out", "runs/tiny", "--only", "detect", "--only", "2,ordinary")
+    assert code == 1 and "2 of 4 runs" in text and "broken on purpose" in text and "--retry-failed" in text
+    (tmp_path / "broken").unlink()
+    code, text = said("run", "tiny.yaml", "--out", "runs/tiny", "--only", "detect")
+    assert code == 1 and "failed before and was left alone: ValueError: broken on purpose" in text and "Nothing failed now" in text
+
+    code, text = said("status", "runs/tiny")
+    assert code == 0 and text.startswith("4 runs: 2 done, 1 failed, 1 to do; about") and "broken on purpose" in text
+    code, text = said("run", "tiny.yaml", "--out", "runs/tiny", "--dry-run")
+    assert code == 0 and "8 runs: 2 done, 1 failed, 5 to do" in text and "from complete runs here" in text and "Nothing was started" in text
+
+    code, text = said("run", "tiny.yaml", "--out", "runs/tiny", "--only", "detect", "--retry-failed", "--time-limit", "10m")
+    assert code == 0 and "All 4 runs" in text and "2 of them were done now" in text
+    assert said("status", "runs/tiny")[1].startswith("4 runs: 4 done ")
+
+
+@pytest.mark.parametrize("text, seconds", [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("2d", 172800), ("1:30:00", 5400), ("2:30", 150)])
+def test_durations_as_people_write_them(text, seconds):
+    assert cli.parse_duration(text) == seconds
 
 
 def test_lab_copies_an_installed_packages_notebooks_and_keeps_what_is_there(tmp_path, monkeypatch):

@@ -2,11 +2,12 @@
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
 
-from bcos_nb.batch.presets import detector_rows
+from bcos_nb.batch.presets import detector_rows, load_preset, preset_jobs
 from bcos_nb.models import list_detectors
 from bcos_nb.training import FitConfig
 from bcos_nb.training.presets import preset, preset_files, preset_table
@@ -81,3 +82,48 @@ def test_a_grid_takes_options_and_training_from_a_detector_preset():
     assert resnet["training"]["epochs"] == 2 and resnet["training"]["lr"] == 4.3e-4 and vit["training"]["batch_size"] == 16
     with pytest.raises(ValueError, match="no preset.*resnet34, B = 1.3"):
         detector_rows({"detectors": {"arch": "resnet34", "b": 1.3, "preset": "study"}})
+
+
+# Grids
+
+
+def test_the_studys_grid_has_its_detectors_settings_and_test_sets():
+    jobs = preset_jobs(load_preset("study"), "runs")
+    of = lambda experiment, folder="runs": [job for job in jobs if job.run_dir.parent.name == experiment and job.run_dir.parent.parent.name == folder]
+    trained = {(job.params["arch"], job.params["b"]): job.params for job in of("train")}
+    assert set(trained) == set(PRINTED)
+    for (arch, b), params in trained.items():
+        batch_size, lr = PRINTED[arch, b][:2]
+        assert (params["training"]["batch_size"], params["training"]["lr"]) == (batch_size, lr) and params["frames_per_video"] == 32
+        assert params["image_size"] == (224 if arch == "vitc_ti" else 256) and params["compression"] == "c23"
+    detection = pd.read_csv(Path(__file__).parent.parent / "data" / "paper" / "detection.csv")
+    tested = {"FaceForensics++", *(entry["dataset"] for job in of("detect") for entry in job.params["test_sets"])}
+    assert tested == {name for name in detection["test_set"] if not name.startswith("FF-") and name != "FFHQ"}
+    assert {job.params["b"] for job in of("train", "df-tp-ffhq")} == {None, 1.25, 1.75, 2, 2.5} and len(of("detect", "df-tp-ffhq")) == 5
+    games = of("mask_game") + of("grid_game")
+    assert len(games) == 24 and all(job.params["options"] == {"lime": {"samples": 256}} and "lime" in job.params["explainers"] for job in games)
+    assert {job.params["b"] for job in of("search")} == {None, 1.25}
+
+
+def test_the_mini_grid_has_all_backbones_all_b_and_all_that_a_report_asks_for():
+    jobs = preset_jobs(load_preset("mini"), "runs")
+    trained = [job.params for job in jobs if job.notebook.stem == "train"]
+    assert {params["arch"] for params in trained} >= {"resnet34", "xception", "vitc_ti", "vgg16", "densenet121", "inception_v3", "convnext_tiny"}
+    for arch in ("resnet34", "xception", "vitc_ti"):
+        assert {params["b"] for params in trained if params["arch"] == arch} == {None, 1.25, 1.75, 2, 2.5}
+    assert {job.notebook.stem for job in jobs} == {"train", "detect", "mask_game", "grid_game", "search"}
+    assert any(params["training"].get("guidance") for params in trained)
+    folders = {job.run_dir for job in jobs}
+    assert len(folders) == len(jobs) and all(set(job.after) <= folders for job in jobs)
+
+
+def test_exclusions_take_what_needs_them_along():
+    preset = load_preset("demo") | {"exclude": [{"experiment": "train", "b": [None, 2]}, {"experiment": "grid_game", "b": 2.5}]}
+    left = preset_jobs(preset, "runs")
+    assert {job.params["b"] for job in left} == {1.25, 1.75, 2.5} and len(left) == 3 * 4 - 1
+    with pytest.raises(ValueError, match="fits no run of the grid"):
+        preset_jobs(preset | {"exclude": [{"b": 7}]}, "runs")
+    with pytest.raises(ValueError, match="no run has a parameter bb"):
+        preset_jobs(preset | {"exclude": [{"bb": 2}]}, "runs")
+    with pytest.raises(ValueError, match="nothing is left"):
+        preset_jobs(preset | {"exclude": [{"experiment": "train"}]}, "runs")
