@@ -15,14 +15,14 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..games.departure import DEPARTURES
 from ..games.faithfulness import faithfulness_areas
 from ..games.statistics import score_intervals
 from .departure_figures import departure_means
 from .figures import EXPLAINER_MARKERS, LAYOUT, curve_colour, ordered_curves, short_name
 from .formats import Cell, Table
-from .localization_tables import row_label
 from .paper import paper_arch
-from .tables import CONTROLS, arch_name, b_name, detector_name, explainer_name
+from .tables import CONTROLS, arch_name, b_name, explainer_name
 
 # %% ../../nbs/reports/beyond_tables.ipynb #d5a77d56
 def read_side_tables(
@@ -70,20 +70,29 @@ def faithfulness_rows(
 def faithfulness_table(
     rows: pd.DataFrame,  # of faithfulness_rows
 ) -> Table:
-    """Deletion and insertion areas of every detector's explainers, controls last."""
+    """Deletion and insertion areas of every backbone's explainers by B, controls last."""
+    exponents = sorted(rows["b"].unique(), key=lambda b: -1 if pd.isna(b) else b)
+    judged = rows[~rows["explainer"].isin(CONTROLS)]
     groups = []
-    for (arch, b), some in rows.groupby(["arch", "b"], sort=False, dropna=False):
-        of = {(row.explainer, row.weighting): row for row in some.itertuples()}
-        judged = some[~some["explainer"].isin(CONTROLS)]
-        best = {"deletion": judged.loc[judged["weighting"] == "deletion", "mean"].min(), "insertion": judged.loc[judged["weighting"] == "insertion", "mean"].max()}
+    for arch, some in rows.groupby("arch", sort=False):
+        of = {(row.explainer, None if pd.isna(row.b) else row.b, row.weighting): row for row in some.itertuples()}
+        best = {}
+        for (b, curve), values in judged[judged["arch"] == arch].groupby(["b", "weighting"], dropna=False)["mean"]:
+            best[None if pd.isna(b) else b, curve] = values.min() if curve == "deletion" else values.max()
+        order = list(dict.fromkeys(explainer for _, _, _, explainer, _ in ordered_curves(some.assign(b=np.where(some["explainer"] == "bcos", 1.0, np.nan)))))
         body = []
-        for _, _, _, explainer, _ in ordered_curves(some):
-            cells = [of.get((explainer, curve)) for curve in best]
-            body.append((row_label(explainer, b, False), [Cell() if one is None else Cell(one.mean, one.low, one.high, about=f"{one.samples:.0f} fakes",
-                                                                                          best=explainer not in CONTROLS and one.mean == best[one.weighting]) for one in cells]))
-        groups.append((detector_name(arch, b), body))
-    return Table("table_faithfulness", "", "Areas below the curves of p(fake) as a map’s strongest pixels are blurred away (deletion: less is better) or put back (insertion: more is better). "
-                 "Bold: best of the detector’s explainers. The uniform map takes pixels in a random order.", ["Deletion ↓", "Insertion ↑"], groups, first="Explainer", data=rows)
+        for explainer in order:
+            cells = []
+            for b in exponents:
+                for curve in ("deletion", "insertion"):
+                    one = of.get((explainer, None if pd.isna(b) else b, curve))
+                    cells.append(Cell() if one is None else Cell(one.mean, one.low, one.high, about=f"{one.samples:.0f} fakes",
+                                                                 best=explainer not in CONTROLS and one.mean == best[None if pd.isna(b) else b, curve]))
+            body.append((explainer_name(explainer), cells))
+        groups.append((arch_name(arch), body))
+    return Table("table_faithfulness", "", "Areas below the curves of p(fake) as a map’s strongest pixels are blurred away (deletion, ↓: less is better) or put back (insertion, ↑: more is better). "
+                 "Bold: best of a detector’s explainers. The uniform map takes pixels in a random order.", ["Del. ↓", "Ins. ↑"] * len(exponents), groups, [(b_name(b), 2) for b in exponents],
+                 "Explainer", rows)
 
 
 def faithfulness_figure(
@@ -128,7 +137,10 @@ def departure_rows(
                     auc_near=("auc", "first"), auc_far=("auc", "last")).reset_index()
     runs = first_runs(table)[["arch", "b", "run"]].drop_duplicates()
     above = rows["near"] - rows["chance_near"]
-    return rows.assign(kept=(rows["far"] - rows["chance_far"]) / above.where(above > 0.02)).merge(runs, on=["arch", "b"])[columns]
+    rows = rows.assign(kept=(rows["far"] - rows["chance_far"]) / above.where(above > 0.05)).merge(runs, on=["arch", "b"])
+    place = rows["family"].map({name: k for k, name in enumerate(DEPARTURES)}).fillna(len(DEPARTURES))
+    rank = rows["explainer"].map({name: k for k, name in enumerate(EXPLAINER_MARKERS)}).fillna(len(EXPLAINER_MARKERS))
+    return rows.assign(place=place, rank=rank).sort_values(["arch", "b", "rank", "place"], na_position="first", kind="stable", ignore_index=True)[columns]
 
 
 def departure_table(
@@ -136,7 +148,8 @@ def departure_table(
     explainers: Sequence[str] = ("bcos", "gradcam", "gradcam++", "xgradcam", "layercam"),
 ) -> Table:
     """What is left of localization and detection at the far end of each family."""
-    families, groups = list(rows["family"].unique()), []
+    families = sorted(rows["family"].unique(), key=lambda name: list(DEPARTURES).index(name) if name in DEPARTURES else len(DEPARTURES))
+    groups = []
     for arch, of_arch in rows.groupby("arch", sort=False):
         body = []
         for (b, explainer), some in of_arch.groupby(["b", "explainer"], sort=False, dropna=False):
@@ -151,4 +164,4 @@ def departure_table(
             body.append((f"AUC of the detector, {b_name(b)}", [Cell(ends["auc_far"].get(family, np.nan), about=f"{ends['auc_near'].get(family, np.nan):.3f} at the near end") for family in families]))
         groups.append((arch_name(arch), body))
     return Table("table_departure", "", "What is left at the far end of each family: weighted mask score above chance, over what it was for the single face (1: all of it, 0: as a map that knows nothing); "
-                 "and the detector’s AUC there. – where there was nothing to lose.", families, groups, first="Explainer", data=rows)
+                 "and the detector’s AUC there. – where there was little to lose.", families, groups, first="Explainer", data=rows)

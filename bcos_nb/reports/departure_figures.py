@@ -49,7 +49,7 @@ def departure_figure(
         raise ValueError(f"The table has no scores of the region {region!r}: choose one of {', '.join(table['region'].unique())}.")
     families = list(means["family"].unique())
     figure = make_subplots(2, len(families), shared_xaxes=True, shared_yaxes=True, row_heights=[0.66, 0.34], vertical_spacing=0.05,
-                           horizontal_spacing=0.015, column_titles=families)
+                           horizontal_spacing=0.015, column_titles=[f"{family}<br><span style='font-size: 11px'>{DEPARTURES[family].quantity}</span>" if family in DEPARTURES else family for family in families])
     for place, family in enumerate(families, 1):
         here = means[means["family"] == family]
         for kind, arch, b, explainer, rows in ordered_curves(here):
@@ -65,9 +65,9 @@ def departure_figure(
             add_curve(figure, rows, "probability", f"p(fake) of fakes, {name}", place, 2, color=b_colour(b), dash="dash", symbol="circle-open", rank=500)
         steps = sorted(here["step"].unique())
         labels = [DEPARTURES[family].label(step) for step in steps] if family in DEPARTURES else steps
-        figure.update_xaxes(tickvals=steps, ticktext=labels, col=place)
-        figure.update_xaxes(title=DEPARTURES[family].quantity if family in DEPARTURES else "step", col=place, row=2)
-    figure.update_layout(**{**LAYOUT, "margin": dict(l=60, r=20, t=40, b=50)}, height=560, legend=dict(orientation="h", y=-0.16))
+        labels = [str(label).replace(" in ", "<br>in ").replace("as it is", "as<br>is") for label in labels]
+        figure.update_xaxes(tickvals=steps, ticktext=labels, tickangle=0, tickfont_size=10, col=place)
+    figure.update_layout(**{**LAYOUT, "margin": dict(l=60, r=20, t=56, b=40)}, height=640, legend=dict(orientation="h", y=-0.1, font_size=11))
     figure.update_yaxes(range=[0, 1.02])
     figure.update_yaxes(title=f"share inside the {region}", row=1, col=1)
     figure.update_yaxes(title="detection", row=2, col=1)

@@ -78,7 +78,7 @@ class Cell:
     def agreement(self) -> str:
         """A key of AGREEMENTS, or nothing. Words agree where they are the same."""
         if isinstance(self.value, str) or isinstance(self.study, str):
-            return "within" if self.value == self.study else ""
+            return "within" if self.value == self.study and self.value not in ("", "–") else ""
         return "" if self.study is None else agreement(self.value, self.low, self.high, self.study, self.study_digits)
 
 
@@ -150,7 +150,7 @@ TABLE_STYLE = """
 .table thead th { font-weight: 600; border-bottom: 2px solid var(--rule); vertical-align: bottom; }
 .table thead th.above { text-align: center; border-bottom: 1px solid var(--rule); }
 .table .text { text-align: left; white-space: nowrap; position: sticky; left: 0; background: var(--ground); padding-right: 12px; }
-.table td.words { text-align: left; }
+.table td.words, .table th.words { text-align: left; }
 .table tr.group th { text-align: left; font-weight: 600; color: var(--muted); font-size: 13px; background: var(--tint); }
 .table tr.group th span { position: sticky; left: 7px; }
 .table td > span { display: block; white-space: nowrap; } .table .range { color: var(--muted); font-size: 11px; }
@@ -187,7 +187,9 @@ def table_html(
     table: Table,
 ) -> str:
     """A table for a browser, in a box of its own."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
+    columns = list(zip(*(cells for _, rows in table.groups for _, cells in rows))) or [()] * len(table.columns)
+    worded = [bool(column) and all(isinstance(cell.value, str) and cell.study is None for cell in column) for column in columns]
+    head = "".join(f'<th{" class=" + chr(34) + "words" + chr(34) if words else ""}>{html.escape(name)}</th>' for name, words in zip(table.columns, worded))
     if table.top:
         above = "".join(f'<th class="above" colspan="{span}">{html.escape(name)}</th>' for name, span in table.top)
         head = f'<th class="text" rowspan="2">{html.escape(table.first)}</th>{above}</tr><tr>{head}'

@@ -372,7 +372,7 @@ def draw_curves(
         shown, (ys, up, down, bounds) = of[measures[0]], changes[measures[0]][-1]
         figure.add_scatter(
             x=shown["threshold"], y=ys, customdata=bounds, name=name, mode="lines+markers", visible="legendonly" if group in (2, 4) else True, legendrank=100 * group,
-            error_y=dict(type="data", symmetric=False, array=up, arrayminus=down, thickness=1, width=0), legendgroup=GROUPS[group], legendgrouptitle_text=GROUPS[group],
+            error_y=dict(type="data", symmetric=False, array=up, arrayminus=down, thickness=1, width=0, visible=group < 3), legendgroup=GROUPS[group], legendgrouptitle_text=GROUPS[group],
             line=dict(color=curve_colour(explainer, b), width=3 if explainer == "bcos" else 2, dash="dot" if group >= 3 else LINES[arch] if arch in LINES and curves["arch"].nunique() > 1 else "solid"),
             marker=dict(symbol=EXPLAINER_MARKERS.get(explainer, "circle"), size=0.1 if group >= 3 else 7),
             hovertemplate=f"<b>{html.escape(name)}</b><br>threshold %{{x:.2g}}: %{{y:.3f}}<br>95 %: %{{customdata[0]:.3f}} to %{{customdata[1]:.3f}}<extra></extra>")
@@ -422,7 +422,7 @@ def draw_boxes(
     figure.add_scatter(x=shown["study"], y=names, mode="markers", name="the study’s mean", marker=dict(symbol="x-thin", size=10, line=dict(width=2, color="#8a9099")),
                        hovertemplate="the study’s mean, %{y}: %{x:.4f}<extra></extra>")
     figure.add_vline(x=chance, line=dict(color="#999999", width=1, dash="dot"), annotation_text=f"chance {chance:.2f}", annotation_position="top")
-    figure.update_layout(**{**LAYOUT, "margin": dict(l=150, r=20, t=30, b=50)}, height=110 + 30 * len(names), legend=dict(orientation="h", y=-0.16 if len(names) < 12 else -0.08))
+    figure.update_layout(**{**LAYOUT, "margin": dict(l=150, r=20, t=40, b=50)}, height=120 + 30 * len(names), legend=dict(orientation="h", x=1, xanchor="right", y=1, yanchor="bottom"))
     figure.update_xaxes(title="weighted score at threshold 0, one value a grid", range=[-0.02, 1.02])
     figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=names)
     return figure
@@ -470,7 +470,7 @@ def localization_table(
     for key, group in shown.groupby(["arch", "b"] if by_detector else ["arch"], sort=False, dropna=False):
         rows = []
         for (explainer, b), row in group.groupby(["explainer", "b"], sort=False, dropna=False):
-            printed = row["study"].notna().any() or row["ours"].isna().any()
+            printed = row["study"].notna().any() or row["ours"].isna().all()
             made = [cell for game in games for cell in game_cells({one.weighting: one for one in row.itertuples() if one.game == game}, printed, best)]
             for control in beside:
                 one = above.get((row["run"].iloc[0], explainer, control))

@@ -96,7 +96,8 @@ SCRIPT = """
     entries.forEach(function (entry) { if (entry.isIntersecting) { draw(entry.target, isDark()); watch.unobserve(entry.target); } });
   }, { rootMargin: "500px 0px" });
   places.forEach(function (place) { watch.observe(place); });
-  function redraw() { drawn.forEach(function (_, place) { draw(place, isDark()); }); }
+  if (places.length) window.addEventListener("load", function () { (window.requestIdleCallback || window.setTimeout)(ready); });
+  function redraw() { drawn.forEach(function (_, place) { watch.observe(place); }); }
   var button = document.getElementById("theme");
   function label() { button.textContent = isDark() ? "Light" : "Dark"; }
   button.addEventListener("click", function () { root.dataset.theme = isDark() ? "light" : "dark"; label(); redraw(); });

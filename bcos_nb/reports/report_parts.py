@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -414,16 +415,20 @@ class Report:
         def pictures() -> list[tuple]:
             from bcos_nb.reports.gallery import gallery_figures
 
-            return gallery_figures(self.root)
+            return gallery_figures(self.found)
 
         if self.pictures is None:
             self.pictures = self.made("Pictures of maps", pictures, "mask_game") or []
-        shown = [one for one in self.pictures if part_of(one[0]) == part]
+        experiment, shown = "grid_game" if part == "grid" else "mask_game", [one for one in self.pictures if part_of(one[0]) == part]
         for name, caption, picture, described in shown:
-            number = name.removeprefix("figure_").split("_")[0]
-            self.show_picture(name, f"Figure {number}" if number.isdigit() else "", picture, caption, described)
+            number, words = name.removeprefix("figure_"), re.sub(r"^The study’s Figure \d+: ", "", caption)
+            title = f"Figure {number}" if number.isdigit() else ""
+            if picture is None:
+                self.gap(title or f"Pictures of {name.partition('_')[2]}", words[words.find("Not made: ") + 10:].rstrip(".") if "Not made: " in words else words.rstrip("."), experiment)
+            else:
+                self.show_picture(name, title, picture, words[0].upper() + words[1:], described)
         if not shown:
-            self.gap({"maps": "Maps across B", "grid": "Pictures of grids", "mask": "The mask game illustrated"}[part], "no complete run kept such pictures", "grid_game" if part == "grid" else "mask_game")
+            self.gap({"maps": "Maps across B", "grid": "Pictures of grids", "mask": "The mask game illustrated"}[part], "no complete run kept such pictures", experiment)
 
     def claims(self) -> None:
         """The study's statements, each put to the test on these runs."""
@@ -446,7 +451,8 @@ class Report:
         code = lambda command: f"<code>{html.escape(command)}</code>" if command else ""
         box = lambda head, body: (f'<div class="table" tabindex="0"><table><thead><tr>{"".join(f"<th class=text>{name}</th>" for name in head)}</tr></thead><tbody>{body}</tbody></table></div>')
         if len(self.missing):
-            body = "".join(row(html.escape(one.experiment), html.escape(one.run), html.escape(one.reason), code(one.command)) for one in self.missing.itertuples())
+            groups = self.missing.groupby(["experiment", "reason", "command"], sort=False)["run"].agg(list).reset_index()
+            body = "".join(row(html.escape(one.experiment), "<br>".join(map(html.escape, one.run)), html.escape(one.reason), code(one.command)) for one in groups.itertuples())
             self.show("<h3>Runs</h3>" + box(("Experiment", "Run", "What is the matter", "What does it"), body))
         if self.gaps:
             body = "".join(row(html.escape(one["what"]), html.escape(one["why"]), code(one["command"])) for one in self.gaps)

@@ -161,7 +161,7 @@ def setting_table(
             texts = {name: words(theirs[name]) if theirs else "–" for name in SETTINGS}
             if theirs:
                 texts["augmentation"] = {"False": "none", "True": "some"}.get(texts["augmentation"], texts["augmentation"])
-            body.append((b_name(b), [Cell(words(mine[name]) if mine else "no run", study=texts[name], about=mine["run"] if mine else "") for name in SETTINGS]))
+            body.append((b_name(b), [Cell(words(mine[name]) if mine else math.nan, study=texts[name], about=mine["run"] if mine else "") for name in SETTINGS]))
         groups.append((arch_name(arch), body))
     return Table("table_VI", "Table VI", "Hyperparameters that the detectors were trained with; in grey those that the study’s search found. The study trained for up to 20 epochs.",
                  list(SETTINGS.values()), groups, data=ours.drop(columns="own"))

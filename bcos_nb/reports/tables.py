@@ -281,8 +281,8 @@ def unique_detectors(
     pairs = frame[KEYS].drop_duplicates().sort_values(KEYS, na_position="first")
     return [(arch, float(b)) for arch, b in pairs.itertuples(index=False)]
 
-# %% ../../nbs/reports/tables.ipynb #eb03b7c8
-MAKES = {"train": "run {}", "controls": "run games --preset {}", "detect": "run detection --preset {}", "mask_game": "run games --preset {}", "grid_game": "run games --preset {}"}
+# %% ../../nbs/reports/tables.ipynb #56ba931d
+MAKES = {"train": "run {} --only train", "controls": "run games --preset {}", "detect": "run {} --only detect", "mask_game": "run {} --only mask_game", "grid_game": "run {} --only grid_game"}
 DOES = {"detect": "scored on a test split", "mask_game": "seen in the mask game", "grid_game": "seen in the grid game"}
 
 
@@ -302,11 +302,12 @@ def preset_of_folder(
 def command_for(
     root: Path,
     experiment: str,  # of EXPERIMENTS
+    failed: bool = False,  # whether it has been tried and failed: then it is left alone unless one asks
 ) -> str:
     """The command that does a folder's missing runs of one kind."""
     preset, root = preset_of_folder(root), root.resolve()
     usual = preset is not None and root.parent.name == "runs"
-    return f"bcos-nb {MAKES[experiment].format(preset or 'PRESET')}" + ("" if usual else f" --out {root}")
+    return f"bcos-nb {MAKES[experiment].format(preset or 'PRESET')}" + ("" if usual else f" --out {root}") + (" --retry-failed" if failed else "")
 
 
 def missing_runs(
@@ -327,4 +328,5 @@ def missing_runs(
     if not len(found.training):
         rows.append({"experiment": "train", "run": "all", "reason": "no training is complete"})
     table = pd.DataFrame(rows, columns=["experiment", "run", "reason"]).drop_duplicates(["experiment", "run"], ignore_index=True)
-    return table.assign(command=[command_for(found.root, experiment) for experiment in table["experiment"]])
+    failed = set(found.listing.loc[found.listing["status"] == "failed", ["experiment", "run"]].itertuples(index=False, name=None))
+    return table.assign(command=["bcos-nb search status" if row.experiment not in MAKES else command_for(found.root, row.experiment, (row.experiment, row.run) in failed) for row in table.itertuples()])
