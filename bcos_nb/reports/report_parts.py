@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_folder_searches', 'part_of', 'span', 'detection_sentence', 'compression_sentence', 'mask_sentence',
-           'control_sentence', 'grid_sentence', 'completeness_sentence', 'Report']
+           'control_sentence', 'grid_sentence', 'completeness_sentence', 'Report', 'short_tables']
 
 # %% ../../nbs/reports/report_parts.ipynb #0694238c
 import base64
@@ -457,3 +457,17 @@ class Report:
         if self.gaps:
             body = "".join(row(html.escape(one["what"]), html.escape(one["why"]), code(one["command"])) for one in self.gaps)
             self.show("<h3>Parts of this report</h3>" + box(("Part", "Why it is missing", "What makes it"), body))
+
+# %% ../../nbs/reports/report_parts.ipynb #ebe910f9
+def short_tables(
+    runs: str | Path,
+    task: str,  # "detection" (Tables I and II), or "games" (III and IV)
+) -> list[Table]:
+    """The tables that a task is for. Raises FileNotFoundError if no run of it is complete."""
+    if task == "detection":
+        found = all_tables(runs, ("I", "II"))
+        if not found:
+            raise FileNotFoundError(f"{runs} holds no complete detection run, so there is nothing to make tables of. Run `bcos-nb run detection --preset mini`.")
+        return [detection_table(cells) for cells in found.values()]
+    games = read_games(runs)
+    return [localization_table(localization_table_cells(games, number)) for number in ("III", "IV")]
