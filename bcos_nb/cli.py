@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'MANY_PICTURES', 'TASKS', 'search_app', 'SearchFolder', 'SearchStorage', 'SearchName', 'explained',
            'tell', 'check', 'show_findings', 'forge', 'forge_here', 'took', 'read_jobs', 'preset_of', 'forge_missing',
-           'finish_task', 'show_games', 'report_failures', 'parse_duration', 'show_plan', 'slots_on', 'run', 'status',
-           'plan', 'show_hours', 'report', 'explore_folder', 'lab', 'prepare', 'pack', 'report_is_current', 'demo',
+           'finish_task', 'report_failures', 'parse_duration', 'show_plan', 'slots_on', 'run', 'status', 'plan',
+           'show_hours', 'report', 'explore_folder', 'lab', 'prepare', 'pack', 'report_is_current', 'demo',
            'search_run', 'opened_search', 'search_status', 'search_best', 'search_report', 'main']
 
 # %% ../nbs/cli.ipynb #6d468884
@@ -215,53 +215,24 @@ def forge_missing(
 
 
 def finish_task(task: str, runs: Path) -> None:
-    """Writes what a task is for, and says where it lies; the short tables are printed."""
-    if task == "localization":
-        from bcos_nb.reports import write_report
-
-        write_report(runs)
-        return
-    if task == "games":
-        show_games(runs)
-        return
+    """Prints the short tables of what a task is for, and writes the report."""
     from rich.table import Table
 
-    from bcos_nb.reports.detection_tables import DETECTION_TABLES, all_tables, plain_table, write_tables
-    from bcos_nb.reports.page import STYLE
+    from bcos_nb.reports.formats import plain_frame
+    from bcos_nb.reports.page import write_report
+    from bcos_nb.reports.report_parts import short_tables
 
-    page = write_tables(runs, style=STYLE)
     console = Console(highlight=False)
-    for number, cells in all_tables(runs, ("I", "II")).items():
-        roomy = console.width >= 24 + 23 * len(cells[["test_set", "metric"]].drop_duplicates())
-        content = plain_table(cells, roomy)
-        shown = "ours, its 95 % interval" if roomy else "ours"
-        table = Table(title=f"\nTable {number}: {DETECTION_TABLES[number]}; {shown} (the study's)", box=None, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
-        for name in ("", *content.columns):
-            table.add_column(name, no_wrap=True)
-        for name, row in zip(content.index, content.to_numpy()):
-            table.add_row(name, *row)
-        console.print(table)
-    tell(f"All seven tables: {page.resolve()}; as CSV beside it: {', '.join(f'detection_{number}.csv' for number in DETECTION_TABLES)}.", "green")
-
-
-def show_games(runs: Path) -> None:
-    """Writes the localization tables and figures, and prints Tables III and IV."""
-    from rich.table import Table
-
-    from bcos_nb.reports.localization_tables import localization_table_cells, plain_localization, write_localization
-    from bcos_nb.reports.page import STYLE
-
-    page = write_localization(runs, style=STYLE)
-    console = Console(highlight=False)
-    for number, game in (("III", "grid"), ("IV", "mask")):
-        content = plain_localization(localization_table_cells(runs, number))
-        table = Table(title=f"\nTable {number}: {game} pointing game at threshold 0; ours, its 95 % interval (the study's)", box=None, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
+    for one in short_tables(runs, task):
+        roomy = console.width >= 28 + 23 * len(one.columns)
+        content = plain_frame(one, roomy)
+        table = Table(title=f"\n{one.title}: {one.caption} {'Ours, its 95 % interval' if roomy else 'Ours'} (the study's).", box=None, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
         for name in ("", *content.columns):
             table.add_column(str(name), no_wrap=True)
         for name, row in zip(content.index, content.to_numpy()):
             table.add_row(str(name), *map(str, row))
         console.print(table)
-    tell(f"All tables and figures of the games: {page.resolve()}; their numbers as CSV beside it.", "green")
+    write_report(runs)
 
 
 def report_failures(table, runs: Path, retried: bool = False) -> None:
@@ -470,12 +441,14 @@ def show_hours(made) -> None:
 @app.command()
 @explained
 def report(
-    runs: Annotated[Path, typer.Argument(help="Folder of runs, such as runs/demo.")],
+    runs: Annotated[Path, typer.Argument(help="Folder of runs, such as runs/demo; it may be incomplete.")],
+    out: Annotated[Optional[Path], typer.Option(help="The page to write. Default: RUNS/report/report.html.", show_default=False)] = None,
+    static: Annotated[bool, typer.Option("--static", help="Also PNG and SVG of the figures, where a Chrome or Chromium is installed (half a minute more).")] = False,
 ):
-    """Make the report of a folder of runs: one HTML file, readable offline."""
+    """Make the report of a folder of runs: one HTML file, readable offline; beside it its tables as CSV and LaTeX, its figures as JSON."""
     from bcos_nb.reports import write_report
 
-    write_report(runs)
+    write_report(runs, out, static=static)
 
 # %% ../nbs/cli.ipynb #1fb898f9
 def explore_folder(

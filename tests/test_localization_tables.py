@@ -7,12 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bcos_nb.reports.detection_tables import CELLS_STYLE
+from bcos_nb.reports.formats import agreement, plain_frame, table_html, write_table
 from bcos_nb.reports.localization_tables import (
-    CONTENTS, LOCALIZATION_FIGURES, draw_boxes, draw_curves, figure_boxes, figure_curves, figure_pictures, games_table_html, localization_table_cells,
-    measure_cells, method_cells, plain_localization, read_games, score_html, seats, signed, write_localization,
+    LOCALIZATION_TABLES, draw_boxes, draw_curves, figure_boxes, figure_curves, localization_table, localization_table_cells, main_rows, measure_cells, method_cells, read_games, seats,
+    spread_table,
 )
-from bcos_nb.reports.page import STYLE, loads_from_network
 from bcos_nb.reports.tables import is_control
 from invented_runs import CONSTANT, MASK_AREA, METHODS, POST_HOC, SCENES, game_level, game_samples, game_scores, invent_games, invent_runs, put
 
@@ -196,45 +195,54 @@ def test_drawn_curves_change_with_the_buttons(games):
         draw_curves(curves.iloc[:0])
 
 
-# ---- files and pages
-
-def test_page_and_files(games, tmp_path):
-    page = write_localization(games, tmp_path, STYLE)
-    text = page.read_text()
-    files = {path.name for path in tmp_path.iterdir()}
-    assert {"games.html", "localization_III.csv", "localization_IV.csv", "localization_XII.csv", "localization_methods.csv", "localization_measures.csv", "figure_10.png", "figure_11.png",
-            *(f"figure_{number}.csv" for number in (4, 5, 6, 12, 13, 14, 15, 16))} <= files and not any(name.startswith(".") for name in files)
-    assert not loads_from_network(text) and text.count("<table>") == 5 and text.count("plotly-graph-div") == 10 and "no run of ours for it" not in text.lower()
-    assert all(f'id="item-{item}"' in text for _, _, items in CONTENTS.values() for item in items) and set(LOCALIZATION_FIGURES) <= {item for _, _, items in CONTENTS.values() for item in items}
-    again = pd.read_csv(tmp_path / "localization_III.csv")
-    pd.testing.assert_series_equal(again.ours, localization_table_cells(games, "III").ours)
-    assert len(pd.read_csv(tmp_path / "figure_6.csv")) == 13 * 11 * 3 and json.loads(pd.read_csv(tmp_path / "figure_12.csv").outliers[0]) is not None
-
+# ---- tables to look at
 
 def test_html_says_what_is_missing_and_what_beats_its_controls(games):
     cells = localization_table_cells(games, "IV")
-    text = games_table_html(cells, games.against)
+    text = table_html(localization_table(cells, games.against))
     shown = cells[[one in CONSTANT or not is_control(one) for one in cells.explainer]]
     assert text.count(">no run<") == shown.ours.isna().sum() > 0
-    assert "ResNet-34: ours is ResNet-34 at width 0.25, 48 px, 4 epochs" in text and "random weights</th>" in text and CELLS_STYLE
+    assert "ResNet-34: ours is ResNet-34 at width 0.25, 48 px, 4 epochs" in text and "random weights</th>" in text
     row = re.search(r"<tr><td class=\"text\">Grad-CAM</td>(.*?)</tr>", text).group(1)
     one = cell(cells, "resnet34", None, "gradcam")
-    assert f"<span>{one.ours:.3f}</span>" in row.replace("<b>", "").replace("</b>", "") and '<span class="study">0.5518</span>' in row and row.count("<td") == 6 and "64 fakes of 8 scenes" in row
+    assert f"<span>{one.ours:.3f}</span>" in row.replace("<b>", "").replace("</b>", "") and "0.5518" in row and row.count("<td") == 6 and "64 fakes of 8 scenes" in row
     assert row.count('title="differs from 0"') == 0 or games.against.p_corrected.min() < 0.05
 
 
+def test_every_table_has_control_rows_and_specificity(games):
+    for number in LOCALIZATION_TABLES:
+        made = localization_table(localization_table_cells(games, number), games.against)
+        assert made.columns.count("Specificity") == len(made.top) - (made.top[-1][0] == "Weighted, minus that of")
+        for heading, rows in made.groups:
+            assert {"uniform map", "mean mask", "centre prior", "edges"} <= {name for name, _ in rows} or heading.endswith("no run of ours"), heading
+    methods = spread_table(main_rows(method_cells(games).query("game == 'mask'")), "method", "weighting", "methods")
+    assert methods.columns == ["Specificity", "Weighted"] * 4 or methods.columns == ["Weighted", "Specificity"] * 4
+    assert all("mean mask" in dict(rows) for _, rows in methods.groups) and all(cell.sign for _, rows in methods.groups for _, cells in rows for cell in cells[methods.columns.index("Specificity")::2])
+
+
+def test_agreement_of_four_digits(games):
+    cells = localization_table_cells(games, "IV")
+    both = cells[cells.ours.notna() & cells.study.notna()]
+    inside = (both.study >= both.low - 0.0000501) & (both.study <= both.high + 0.0000501)
+    assert (both.agreement.eq("within") == inside).all() and len(both) > 10 and not both.agreement.eq("").any()
+    assert agreement(0.30, 0.29, 0.31, 0.3501, 4) == "higher" or agreement(0.30, 0.29, 0.31, 0.3501, 4) == "lower"
+
+
+def test_files(games, tmp_path):
+    for number in LOCALIZATION_TABLES:
+        write_table(localization_table(localization_table_cells(games, number), games.against), tmp_path)
+    again = pd.read_csv(tmp_path / "table_III.csv")
+    pd.testing.assert_series_equal(again.ours, localization_table_cells(games, "III").ours)
+    assert {path.name for path in tmp_path.iterdir()} == {f"table_{number}.{form}" for number in LOCALIZATION_TABLES for form in ("csv", "tex")}
+
+
 def test_terminal(games):
-    table = plain_localization(localization_table_cells(games, "IV"))
-    assert table.loc["ResNet-34: B-cos, B = 1.75"].tolist() == ["no run (0.2652)", "no run (0.7940)", "no run"] and list(table) == ["unweighted", "weighted", "specificity"]
+    table = plain_frame(localization_table(localization_table_cells(games, "IV")))
+    assert table.loc["ResNet-34, B-cos, B = 1.75"].tolist() == ["no run (0.2652)", "no run (0.7940)", "–"] and list(table) == ["Unweighted", "Weighted", "Specificity"]
     one = cell(localization_table_cells(games, "IV"), "resnet34", None, "lime")
-    assert table.loc["ResNet-34: LIME", "weighted"] == f"{one.ours:.3f} {one.low:.2f}–{one.high:.2f} (0.4933)" and "shuffled" not in "".join(table.index)
-    twelve = plain_localization(localization_table_cells(games, "XII"), roomy=False)
-    assert twelve.loc["ResNet-34, B = 1.25: Grad-CAM", "grid weighted"].endswith("(0.30)") and len(twelve.columns) == 6
-
-
-def test_what_rounds_to_zero_has_no_sign():
-    assert [signed(value, 2) for value in (-0.001, 0.004, -0.006, 0.1, -0.0)] == ["0.00", "0.00", "−0.01", "+0.10", "0.00"]
-    assert signed(0.25, 3, False) == "0.250" and "−0.00" not in score_html(-0.0001, -0.002, 0.003, sign=True)
+    assert table.loc["ResNet-34, LIME", "Weighted"] == f"{one.ours:.3f} {one.low:.2f}–{one.high:.2f} (0.4933)" and "shuffled" not in "".join(table.index)
+    twelve = plain_frame(localization_table(localization_table_cells(games, "XII")), roomy=False)
+    assert twelve.loc["ResNet-34, B = 1.25, Grad-CAM", "Grid pointing game Weighted"].endswith("(0.2982)") and len(twelve.columns) == 6
 
 
 # ---- other folders
@@ -257,8 +265,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     assert set(reasons.index) == {"half", "lacking", "hard", "odd"} and samples["sample"][0] in reasons["lacking"] and "c40" in reasons["hard"] and "metrics.json" in reasons["half"]
     chosen = seats(games).query("game == 'mask'").iloc[0]
     assert chosen.run == "resnet34-b2.5-c23" and chosen.others == 1  # the very backbone before its relative
-    text = write_localization(games).read_text()
-    assert "cannot be read" in text and "No run of ours for it" in text and figure_pictures(games, 10) is None
+    assert localization_table(localization_table_cells(games, "III")).groups[0][0].startswith("ResNet-34: ours is")
 
 
 def test_runs_from_before_the_scenes_are_read(tmp_path):
@@ -267,12 +274,12 @@ def test_runs_from_before_the_scenes_are_read(tmp_path):
     one = cell(localization_table_cells(games, "IV"), "resnet34", 2.0, "bcos")
     assert one.ours == pytest.approx(0.4) and one.scenes == 16 and np.isnan(one.specificity)
     assert set(method_cells(games).method) == set(METHODS) and localization_table_cells(games, "III").ours.notna().any()
-    assert write_localization(games).exists()
+    assert not localization_table(localization_table_cells(games, "III"), games.against).empty
 
 
 def test_nothing_to_show(tmp_path):
     with pytest.raises(FileNotFoundError, match="bcos-nb run games --preset mini"):
-        write_localization(tmp_path)
+        read_games(tmp_path)
     (tmp_path / "grid_game" / "begun").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="1 are not complete"):
         localization_table_cells(tmp_path, "III")
@@ -286,5 +293,4 @@ def test_another_cell_count_has_another_chance(tmp_path):
     assert games.players.chance.item() == 0.5 and figure_curves(games, 4).chance.eq(0.5).all()
     expected = np.mean([game_level("grid", 2.0, "bcos", "weighted")]) + 0.015
     assert cell(localization_table_cells(games, "III"), "resnet34", 2.0, "bcos").ours == pytest.approx(expected, abs=0.08)
-    text = write_localization(games).read_text()  # of one game, one threshold, without controls and pictures
-    assert "Chance is 0.500" in text and text.count("No run of ours for it") >= 6
+    assert localization_table(localization_table_cells(games, "IV")).empty and not localization_table(localization_table_cells(games, "III"), games.against).empty

@@ -44,6 +44,7 @@ def departure_figure(
     weighting: str = "weighted",
     *,
     region: str = "mask",  # or "cell": the whole frame's place, where it is only a part of the image
+    hidden: tuple[int, ...] = (),  # kinds of curves that wait in the legend, as `curve_kind` numbers them
 ) -> go.Figure:
     """Localization of every explainer, and detection of every detector, over the steps of each family.
 
@@ -55,7 +56,7 @@ def departure_figure(
         raise ValueError(f"The table has no scores of the region {region!r}: choose one of {', '.join(table['region'].unique())}.")
     families = list(means["family"].unique())
     figure = make_subplots(2, len(families), shared_xaxes=True, shared_yaxes=True, row_heights=[0.66, 0.34], vertical_spacing=0.05,
-                           horizontal_spacing=0.015, column_titles=families)
+                           horizontal_spacing=0.015, column_titles=[f"{family}<br><span style='font-size: 11px'>{DEPARTURES[family].quantity}</span>" if family in DEPARTURES else family for family in families])
     for place, family in enumerate(families, 1):
         here = means[means["family"] == family]
         for kind, arch, b, explainer, rows in ordered_curves(here):
@@ -63,7 +64,7 @@ def departure_figure(
             name = explainer_name(explainer) if control else f"{explainer_name(explainer)}, {short_name(means, arch, b)}"
             dash = "dot" if control else "solid" if explainer == "bcos" or pd.isna(b) else "dash"
             symbol = None if control else EXPLAINER_MARKERS.get(explainer, "circle")
-            add_curve(figure, rows, "score", name, place, 1, color=curve_colour(explainer, b), dash=dash, symbol=symbol, rank=kind * 100)
+            add_curve(figure, rows, "score", name, place, 1, color=curve_colour(explainer, b), dash=dash, symbol=symbol, rank=kind * 100, hidden=kind in hidden)
         add_curve(figure, here.drop_duplicates("step"), "chance", "share of the image", place, 1, color="#999999", dash="dot", symbol=None, rank=400)
         for (arch, b), rows in here.groupby(["arch", "b"], dropna=False, sort=False):
             rows, name = rows.drop_duplicates("step"), short_name(means, arch, b)
@@ -71,9 +72,9 @@ def departure_figure(
             add_curve(figure, rows, "probability", f"p(fake) of fakes, {name}", place, 2, color=b_colour(b), dash="dash", symbol="circle-open", rank=500)
         steps = sorted(here["step"].unique())
         labels = [DEPARTURES[family].label(step) for step in steps] if family in DEPARTURES else steps
-        figure.update_xaxes(tickvals=steps, ticktext=labels, col=place)
-        figure.update_xaxes(title=DEPARTURES[family].quantity if family in DEPARTURES else "step", col=place, row=2)
-    figure.update_layout(**{**LAYOUT, "margin": dict(l=60, r=20, t=40, b=50)}, height=560, legend=dict(orientation="h", y=-0.16))
+        labels = [str(label).replace(" in ", "<br>in ").replace("as it is", "as<br>is") for label in labels]
+        figure.update_xaxes(tickvals=steps, ticktext=labels, tickangle=0, tickfont_size=10, col=place)
+    figure.update_layout(**{**LAYOUT, "margin": dict(l=60, r=20, t=56, b=40)}, height=640, legend=dict(orientation="h", y=-0.1, font_size=11))
     figure.update_yaxes(range=[0, 1.02])
     figure.update_yaxes(title=f"share inside the {region}", row=1, col=1)
     figure.update_yaxes(title="detection", row=2, col=1)
@@ -92,6 +93,7 @@ def add_curve(
     dash: str,
     symbol: str | None,  # None: a line without markers
     rank: int,  # in the legend
+    hidden: bool = False,  # whether it waits in the legend
 ) -> None:
     """One line of one panel, with error bars where it has an interval; its name stands in the legend once."""
     known = any(trace.name == name for trace in figure.data)
@@ -99,5 +101,5 @@ def add_curve(
     bars = dict(type="data", symmetric=False, array=rows["high"] - rows[column], arrayminus=rows[column] - rows["low"], thickness=1, width=2) if column == "score" else None
     between = [f" ({low:.3f} to {high:.3f})" if column == "score" and pd.notna(low) else "" for low, high in zip(rows["low"], rows["high"])]
     figure.add_scatter(x=rows["step"], y=rows[column], name=name, legendgroup=name, showlegend=not known, legendrank=rank, row=row, col=place,
-                       mode="lines+markers" if symbol else "lines", line=dict(color=color, width=2, dash=dash),
+                       mode="lines+markers" if symbol else "lines", visible="legendonly" if hidden else True, line=dict(color=color, width=2, dash=dash),
                        marker=dict(symbol=symbol or "circle", size=6), error_y=bars, customdata=between, hovertemplate=f"<b>{name}</b><br>%{{x}}: %{{y:.3f}}%{{customdata}}<extra></extra>")
