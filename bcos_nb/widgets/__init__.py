@@ -1,5 +1,6 @@
 """The ipywidgets that the exploring notebooks show."""
+from bcos_nb.widgets.explanations import ExplanationCache
 from bcos_nb.widgets.opening import Opened, find_runs, open_detectors, open_runs, train_taste
 from bcos_nb.widgets.thresholds import ThresholdExplorer
 
-__all__ = ["Opened", "ThresholdExplorer", "find_runs", "open_detectors", "open_runs", "train_taste"]
+__all__ = ["ExplanationCache", "Opened", "ThresholdExplorer", "find_runs", "open_detectors", "open_runs", "train_taste"]
