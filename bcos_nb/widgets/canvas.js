@@ -234,6 +234,7 @@ function render({ model, el }) {
     const columns = content.columns || [], rows = content.rows || [];
     const lead = rows.some((name) => name) ? 1 : 0, width = Math.max(columns.length, 1, ...(content.panels || []).map((one) => one.column + 1));
     table.replaceChildren();
+    root.classList.toggle("bcos-plain", model.get("plain"));
     table.style.gridTemplateColumns = `${lead ? "minmax(40px, max-content) " : ""}repeat(${width}, minmax(0, ${side}px))`;
     root.setAttribute("aria-label", model.get("description"));
     const place = (element, row, column) => { element.style.gridRow = row + 1; element.style.gridColumn = column + 1; };
@@ -262,7 +263,8 @@ function render({ model, el }) {
           panel[`${name}Text`] = make("b", "", part);
         }
       }
-      if (panel.map) panel.keptText = make("span", "bcos-kept", panel.score);
+      panel.measureTexts = Object.keys(panel.measures || {}).map((name) => [name, make("b", "", make("span", `bcos-${name}`, panel.score, `${name} `))]);
+      if (panel.map && !model.get("plain")) panel.keptText = make("span", "bcos-kept", panel.score);
       watch(panel);
       return panel;
     });
@@ -281,6 +283,8 @@ function render({ model, el }) {
         panel.weightedText.textContent = scores.weighted.toFixed(3);
         panel.unweightedText.textContent = scores.unweighted.toFixed(3);
       }
+      const at = Math.round(now.threshold * 100);  // measures come with 101 values each
+      for (const [name, text] of panel.measureTexts) text.textContent = panel.measures[name][at].toFixed(3);
       if (panel.keptText) panel.keptText.textContent = `${percent(scores.kept)} kept`;
       panel.inBox.textContent = !box ? "" : (box.attribution === null ? "" : `box: ${percent(box.attribution)} of the attribution`)
         + (box.contribution === null ? "" : `, ${signed(box.contribution)} of ${signed(box.contributions)}`);
@@ -291,6 +295,28 @@ function render({ model, el }) {
       told.push({ ...scores, box: box && box.attribution });
     }
     tell("scores", told);
+    mark(now.threshold);
+  }
+
+  function mark(threshold, again = 10) {  // a line at the threshold over every plot of the named figure, whose x axis is [0, 1]
+    const name = model.get("marks");
+    if (!name) return;
+    let missing = true;
+    for (const figure of document.querySelectorAll(`.${name} .svg-container`)) {
+      const ground = figure.getBoundingClientRect(), places = figure.querySelectorAll(".nsewdrag");
+      let lines = figure.querySelectorAll(":scope > .bcos-mark");
+      if (lines.length !== places.length) {
+        lines.forEach((line) => line.remove());
+        lines = [...places].map(() => make("div", "bcos-mark", figure));
+      }
+      places.forEach((place, k) => {
+        const box = place.getBoundingClientRect();
+        Object.assign(lines[k].style, { left: `${box.left - ground.left + threshold * box.width}px`, top: `${box.top - ground.top}px`, height: `${box.height}px` });
+        lines[k].dataset.threshold = threshold.toFixed(2);
+        missing = missing && box.width === 0;
+      });
+    }
+    if (missing && again > 0) setTimeout(() => { if (!stopped) mark(model.get("threshold"), again - 1); }, 300);  // the figure is drawn a little later
   }
   const repaint = () => { if (!waiting) waiting = requestAnimationFrame(paint); };
 
@@ -318,6 +344,16 @@ function render({ model, el }) {
       return whole ? [Math.min(Math.max(Math.floor(x), 0), width - 1), Math.min(Math.max(Math.floor(y), 0), height - 1)]
         : [Math.min(Math.max(x, 0), width), Math.min(Math.max(y, 0), height)];
     };
+    if (model.get("plain")) {
+      panel.stage.addEventListener("pointerdown", (event) => {
+        if (event.button !== 0) return;
+        event.preventDefault();
+        root.focus({ preventScroll: true });
+        model.set("selected", panel.index);
+        model.save_changes();
+      }, listen);
+      return;
+    }
     panel.stage.addEventListener("pointermove", (event) => {
       const [x, y] = at(event, true);
       hover(x, y, panel);
@@ -369,6 +405,7 @@ function render({ model, el }) {
     const sideways = { ArrowLeft: -1, ArrowRight: 1 }[event.key], upwards = { ArrowDown: -1, ArrowUp: 1 }[event.key];
     const set = (threshold) => { model.set("threshold", Math.round(Math.min(Math.max(threshold, 0), 1) * 1000) / 1000); model.save_changes(); };
     if (sideways && model.get("arrows") === "frames") model.send({ event: "step", by: sideways });
+    else if (model.get("plain")) return;
     else if (sideways || upwards) set(model.get("threshold") + (sideways || upwards) * (event.shiftKey ? 0.1 : 0.01));
     else if (event.key === "Home" || event.key === "End") set(event.key === "End" ? 1 : 0);
     else if (event.key === "Escape") { model.set("brush", null); model.save_changes(); }
@@ -420,13 +457,23 @@ function render({ model, el }) {
     paint();
     whole().toBlob(async (blob) => model.send({ event: "picture", number: message.number }, undefined, [await blob.arrayBuffer()]), "image/png");
   };
+  const play = () => {  // from the threshold to 1, then from 0 again
+    clearInterval(state.player);
+    if (!model.get("playing")) return;
+    state.player = setInterval(() => {
+      const next = Math.round(100 * model.get("threshold")) + 1;
+      model.set("threshold", next > 100 ? 0 : next / 100);
+      model.save_changes();
+    }, 60);
+  };
   const colours = () => { brushwork = new Brushwork(model.get("palette")); panels.forEach((panel) => { panel.filled = null; }); repaint(); };
-  const watched = { "change:content": read, "change:side": read, "change:palette": colours, "msg:custom": hear };
+  const watched = { "change:content": read, "change:side": read, "change:palette": colours, "change:playing": play, "msg:custom": hear };
   for (const name of ["threshold", "opacity", "style", "outline", "brush", "selected"]) watched[`change:${name}`] = repaint;
   for (const [name, action] of Object.entries(watched)) model.on(name, action);
   read();
   return () => {
     stopped = true;
+    clearInterval(state.player);
     gone.abort();
     for (const [name, action] of Object.entries(watched)) model.off(name, action);
   };

@@ -63,6 +63,7 @@ class Panel:
     description: str = ""  # for who cannot see it; the title if empty
     boxes: Sequence[dict] = field(default_factory=tuple)  # rectangles to draw: x, y, width, height in pixels, and optionally colour, line, dash
     words: str = ""  # instead of a picture: why there is none
+    measures: dict[str, Sequence[float]] = field(default_factory=dict)  # more numbers to show, each at the 101 thresholds 0, 0.01, …, 1
 
 
 def checked_image(
@@ -113,7 +114,8 @@ def packed_table(
             if panel is None:
                 continue
             panel = Panel(words=panel) if isinstance(panel, str) else panel
-            sent = {"row": r, "column": c, "title": panel.title, "note": panel.note, "label_text": panel.description, "boxes": list(panel.boxes), "words": panel.words}
+            sent = {"row": r, "column": c, "title": panel.title, "note": panel.note, "label_text": panel.description, "boxes": list(panel.boxes), "words": panel.words,
+                    "measures": {name: [float(value) for value in values] for name, values in panel.measures.items()}}
             if panel.image is None:
                 sent["words"] = panel.words or "no picture"
             else:
@@ -153,6 +155,9 @@ class MapCanvas(anywidget.AnyWidget):
     opacity = traitlets.Float(0.9, min=0.0, max=1.0).tag(sync=True)  # of heat and contributions
     style = traitlets.Enum(STYLES, "heat").tag(sync=True)
     outline = traitlets.Bool(True).tag(sync=True)  # whether the mask is outlined
+    playing = traitlets.Bool(False).tag(sync=True)  # whether the threshold moves by itself
+    plain = traitlets.Bool(False).tag(sync=True)  # pictures to choose from: nothing is brushed or read off; set it from the start
+    marks = traitlets.Unicode("").tag(sync=True)  # class of a plotly figure with thresholds from 0 to 1 across: a line follows the threshold there
     arrows = traitlets.Enum(("threshold", "frames"), "threshold").tag(sync=True)  # what left and right do
     selected = traitlets.Int(-1).tag(sync=True)  # the panel that was clicked last, in the order of the table
     brush = traitlets.List(traitlets.Int(), minlen=4, maxlen=4, allow_none=True, default_value=None).tag(sync=True)  # left, top, right, bottom, pixels
