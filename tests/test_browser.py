@@ -3,6 +3,7 @@ import json
 import re
 import time
 
+import numpy as np
 import pytest
 import torch
 from browser import DETECTORS, chromium, demo, lab, open_notebook, shoot, theme  # noqa: F401
@@ -11,6 +12,7 @@ from bcos_nb.data import load_frames, read_catalog
 from bcos_nb.explainers import explain
 from bcos_nb.games import localization_scores, specificity
 from bcos_nb.models import load_detector
+from bcos_nb.reports.figures import heat_overlay
 from bcos_nb.widgets.explorer import hidden_image
 
 pytestmark = pytest.mark.browser
@@ -75,6 +77,8 @@ def readout(page):
 
 def drag(page, locator, begin, end):
     """From one place to another, as shares of an element's size."""
+    locator.evaluate("element => element.scrollIntoView({block: 'center'})")
+    page.wait_for_timeout(100)
     box = locator.bounding_box()
     page.mouse.move(box["x"] + begin[0] * box["width"], box["y"] + begin[1] * box["height"])
     page.mouse.down()
@@ -103,6 +107,10 @@ def test_attributions(lab, expected, chromium):
         wait_for(page, lambda: [readout(page)], [0.03])
         for panel, (b, explainer) in enumerate(MAPS):
             wait_for(page, lambda: numbers(page, panel), expected.scores(b, explainer, 0, 0.03))
+        pixels = page.locator(f"{PANEL} .bcos-picture").nth(2).evaluate("canvas => [...canvas.getContext('2d').getImageData(0, 0, 128, 128).data]")
+        image = (expected.image(0)[0].permute(1, 2, 0) * 255).byte().numpy()
+        heat = heat_overlay(image, expected.maps(2.0, "bcos", 0)[0].numpy(), 0.03).astype(int)
+        assert np.abs(np.reshape(pixels, (128, 128, 4))[..., :3] - heat).max() <= 3  # a step of the colours, and of rounding
         drag(page, page.locator(".bcos-threshold .noUi-base"), (0.03, 0.5), (0.4, 0.5))
         threshold = readout(page)
         assert 0.3 < threshold < 0.5

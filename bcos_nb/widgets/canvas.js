@@ -351,6 +351,13 @@ function render({ model, el }) {
       return whole ? [Math.min(Math.max(Math.floor(x), 0), width - 1), Math.min(Math.max(Math.floor(y), 0), height - 1)]
         : [Math.min(Math.max(x, 0), width), Math.min(Math.max(y, 0), height)];
     };
+    const stretch = (event) => {
+      if (!dragged || dragged.panel !== panel) return;
+      const [a, b] = at(event), [c, d] = dragged.start;
+      if (Math.abs(a - c) < 1 && Math.abs(b - d) < 1) return;
+      dragged.moved = true;
+      model.set("brush", [Math.floor(Math.min(a, c)), Math.floor(Math.min(b, d)), Math.ceil(Math.max(a, c)), Math.ceil(Math.max(b, d))]);
+    };
     if (model.get("plain")) {
       panel.stage.addEventListener("pointerdown", (event) => {
         if (event.button !== 0) return;
@@ -364,11 +371,7 @@ function render({ model, el }) {
     panel.stage.addEventListener("pointermove", (event) => {
       const [x, y] = at(event, true);
       hover(x, y, panel);
-      if (!dragged || dragged.panel !== panel) return;
-      const [a, b] = at(event), [c, d] = dragged.start;
-      if (Math.abs(a - c) < 1 && Math.abs(b - d) < 1) return;
-      dragged.moved = true;
-      model.set("brush", [Math.floor(Math.min(a, c)), Math.floor(Math.min(b, d)), Math.ceil(Math.max(a, c)), Math.ceil(Math.max(b, d))]);
+      stretch(event);
     }, listen);
     panel.stage.addEventListener("pointerleave", () => { if (!dragged) hover(null); }, listen);
     panel.stage.addEventListener("pointerdown", (event) => {
@@ -379,8 +382,9 @@ function render({ model, el }) {
       dragged = { panel, start: at(event), moved: false };
       model.set("selected", panel.index);
     }, listen);
-    const end = () => {
+    const end = (event) => {
       if (!dragged) return;
+      stretch(event);  // a busy page hears of the last movement only now
       if (!dragged.moved) model.set("brush", null);
       dragged = null;
       model.save_changes();

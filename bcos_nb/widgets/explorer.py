@@ -695,7 +695,7 @@ class Instrument(widgets.VBox):
         if not detectors:
             raise ValueError("There is no detector to look at: pass a dict of at least one, such as {'B = 2': load_detector(path)}.")
         self.detectors, self.side, self.room, self.forward = dict(detectors), side, width, ahead
-        self.cache, self.background = cache or ExplanationCache(max_bytes), Background()
+        self.cache, self.background = ExplanationCache(max_bytes) if cache is None else cache, Background()
         self.shown: Shown | None = None
         self.ahead: list = []
         self.message, self.bar = widgets.HTML(), widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="220px", visibility="hidden"))
