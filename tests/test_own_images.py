@@ -225,7 +225,7 @@ def test_no_face_is_offered_whole(picture):
     assert len(own) == 1 and own.frames.images.shape == (1, 3, 64, 64)
     height, width = picture.shape[:2]
     rows = np.flatnonzero(own.images[0].whole.any((1, 2)))
-    assert abs(len(rows) - 64 * height / width) <= 1  # nothing is cut off, nothing is stretched
+    assert abs(len(rows) - 64 * height / width) < 2  # nothing is cut off, nothing is stretched; a row is touched at each edge
 
 
 def test_frames_are_what_instruments_take(astronaut, photograph):
