@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'MANY_PICTURES', 'TASKS', 'search_app', 'SearchFolder', 'SearchStorage', 'SearchName', 'explained',
            'tell', 'check', 'show_findings', 'forge', 'forge_here', 'took', 'read_jobs', 'preset_of', 'forge_missing',
-           'finish_task', 'show_games', 'report_failures', 'run', 'report', 'explore_folder', 'lab', 'prepare', 'pack',
-           'report_is_current', 'demo', 'search_run', 'opened_search', 'search_status', 'search_best', 'search_report',
-           'main']
+           'finish_task', 'show_games', 'report_failures', 'run', 'report', 'explore_folder', 'lab', 'free_port',
+           'open_when_ready', 'serve_app', 'prepare', 'pack', 'report_is_current', 'demo', 'search_run',
+           'opened_search', 'search_status', 'search_best', 'search_report', 'main']
 
 # %% ../nbs/cli.ipynb #6d468884
 import functools
@@ -351,6 +351,83 @@ def lab(
     tell(f"Opening JupyterLab on {first}; Ctrl-C twice ends it.")
     sys.stdout.flush()
     os.execv(sys.executable, command)
+
+# %% ../nbs/cli.ipynb #a99a0002
+def free_port(
+    wanted: int,  # tried first
+) -> int:
+    """A port of this machine that nobody listens on: the wanted one or one of the next fifty."""
+    import socket
+
+    for port in range(wanted, wanted + 50):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name != "nt")
+            try:
+                probe.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+    raise RuntimeError(f"Ports {wanted} to {wanted + 49} are all in use. Name another with --port.")
+
+
+def open_when_ready(port: int, address: str, running: Callable[[], bool]) -> None:
+    """Opens a browser as soon as the server listens."""
+    import socket
+    import webbrowser
+
+    while running():
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.2)
+            continue
+        webbrowser.open(address)
+        return
+
+
+@app.command("app")
+@explained
+def serve_app(
+    port: Annotated[int, typer.Option(help="Port of the server; the next free one is taken if it is in use.", min=1024, max=65000)] = 8866,
+    browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+    theme: Annotated[str, typer.Option(help="light or dark.")] = "light",
+):
+    """Show the exploring notebooks as an app, in a browser on this machine."""
+    import secrets
+    import subprocess
+    import threading
+    from importlib.util import find_spec
+
+    if theme not in ("light", "dark"):
+        raise ValueError(f"theme must be light or dark, got {theme!r}.")
+    if find_spec("voila") is None:
+        raise ImportError("The app needs Voilà, which is not installed: pip install voila. `bcos-nb lab` opens the same notebooks in JupyterLab.")
+    folder, _ = explore_folder(Path.cwd())
+    token, port = os.environ.get("JUPYTER_TOKEN") or secrets.token_hex(24), free_port(port)
+    # auto_token: the identity provider of jupyter_server takes its token from JUPYTER_TOKEN
+    command = [sys.executable, "-m", "voila", str(folder), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1", "--Voila.auto_token=True",
+               f"--VoilaConfiguration.theme={theme}", "--VoilaConfiguration.classic_tree=True", "--VoilaConfiguration.show_tracebacks=True", "--Voila.log_level=WARNING"]
+    # A notebook trains for a minute where there is no detector yet; no cell is given up.
+    command += ["--VoilaExecutor.timeout=None"]
+    address = f"http://127.0.0.1:{port}/?token={token}"
+    server = subprocess.Popen(command, env=os.environ | {"JUPYTER_TOKEN": token})
+    tell(f"The exploring notebooks as an app: {address}\nWho has this address can run code on this machine. Ctrl-C ends it.")
+    sys.stdout.flush()
+    if browser:
+        threading.Thread(target=open_when_ready, args=(port, address, lambda: server.poll() is None), daemon=True).start()
+    try:
+        code = server.wait()
+    except KeyboardInterrupt:
+        if os.name == "nt" or server.poll() is None:
+            server.terminate()  # it has heard Ctrl-C too, or nobody else will tell it
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+        tell("The app has ended.")
+        return
+    if code:
+        raise RuntimeError(f"Voilà ended with code {code}; what it said stands above. Try another --port, or `bcos-nb lab`.")
 
 # %% ../nbs/cli.ipynb #c2d94a17
 @data_app.command()
