@@ -205,6 +205,8 @@ function drawLines(context, panel, state, brushwork, size) {  // over the pictur
 
 // ---- the widget
 
+const density = () => Math.max(window.devicePixelRatio || 1, 1);
+
 function render({ model, el }) {
   const root = make("div", "bcos-canvas", el);
   root.tabIndex = 0;
@@ -249,12 +251,15 @@ function render({ model, el }) {
         return { ...one, figure, index };
       }
       const panel = readPanel(one, images, masks), { width: w, height: h } = panel.image;
-      const stage = make("div", "bcos-stage", figure), canvas = make("canvas", "bcos-picture", stage), density = Math.max(window.devicePixelRatio || 1, 1);
-      canvas.width = Math.round(side * density);
-      canvas.height = Math.round(canvas.width * h / w);
+      const stage = make("div", "bcos-stage", figure), canvas = make("canvas", "bcos-picture", stage), lines = make("canvas", "bcos-lines", stage);
+      canvas.width = w;  // the picture pixel by pixel, which the page enlarges; lines above it as fine as the screen
+      canvas.height = h;
+      canvas.classList.toggle("bcos-enlarged", w <= side);  // an enlarged pixel stays one pixel: it was scored as one
+      lines.width = Math.round(side * density());
+      lines.height = Math.round(lines.width * h / w);
       canvas.setAttribute("role", "img");
-      const small = new OffscreenCanvas(w, h), data = new ImageData(w, h);
-      Object.assign(panel, { figure, index, stage, canvas, small, data, label: make("div", "bcos-label", stage), score: make("div", "bcos-score", figure),
+      lines.setAttribute("aria-hidden", "true");
+      Object.assign(panel, { figure, index, stage, canvas, lines, data: new ImageData(w, h), label: make("div", "bcos-label", stage), score: make("div", "bcos-score", figure),
                              inBox: make("div", "bcos-box", figure) });
       if (one.note) make("div", "bcos-note", figure, one.note);
       if (panel.map && panel.mask) {
@@ -324,15 +329,17 @@ function render({ model, el }) {
     const shown = styleFor(panel, now.style), key = `${shown} ${now.opacity} ${shown === "heat" || shown === "colour" ? lowest(now.threshold) : ""}`;
     if (panel.filled !== key) {
       brushwork.fill(panel, shown, now.threshold, now.opacity, panel.data.data);
-      panel.small.getContext("2d").putImageData(panel.data, 0, 0);
+      panel.canvas.getContext("2d", { willReadFrequently: true }).putImageData(panel.data, 0, 0);
       panel.filled = key;
     }
-    const context = panel.canvas.getContext("2d"), { width, height } = panel.canvas;
+    const drawn = `${shown} ${now.outline} ${now.brush} ${shown === "contours" || shown === "signed" ? lowest(now.threshold) : ""}`;
+    if (panel.drawn === drawn) return;
+    panel.drawn = drawn;
+    const context = panel.lines.getContext("2d"), { width, height } = panel.lines;
     context.setTransform(1, 0, 0, 1, 0, 0);
-    context.imageSmoothingEnabled = width < panel.image.width;  // an enlarged pixel stays one pixel: it was scored as one
-    context.drawImage(panel.small, 0, 0, width, height);
+    context.clearRect(0, 0, width, height);
     context.setTransform(width / panel.image.width, 0, 0, height / panel.image.height, 0, 0);
-    drawLines(context, panel, now, brushwork, width / Math.max(window.devicePixelRatio || 1, 1));
+    drawLines(context, panel, now, brushwork, width / density());
   }
 
   const fits = (panel, box) => box[0] >= 0 && box[1] >= 0 && box[2] <= panel.image.width && box[3] <= panel.image.height;
@@ -425,7 +432,8 @@ function render({ model, el }) {
     for (const panel of panels) {
       if (!panel.canvas) continue;
       const box = panel.canvas.getBoundingClientRect();
-      context.drawImage(panel.canvas, box.left - frame.left + pad, box.top - frame.top + pad, box.width, box.height);
+      context.imageSmoothingEnabled = box.width < panel.image.width;
+      for (const layer of [panel.canvas, panel.lines]) context.drawImage(layer, box.left - frame.left + pad, box.top - frame.top + pad, box.width, box.height);
     }
     const walker = document.createTreeWalker(table, NodeFilter.SHOW_TEXT);
     for (let node = walker.nextNode(); node; node = walker.nextNode()) {
@@ -466,7 +474,7 @@ function render({ model, el }) {
       model.save_changes();
     }, 60);
   };
-  const colours = () => { brushwork = new Brushwork(model.get("palette")); panels.forEach((panel) => { panel.filled = null; }); repaint(); };
+  const colours = () => { brushwork = new Brushwork(model.get("palette")); panels.forEach((panel) => { panel.filled = panel.drawn = null; }); repaint(); };
   const watched = { "change:content": read, "change:side": read, "change:palette": colours, "change:playing": play, "msg:custom": hear };
   for (const name of ["threshold", "opacity", "style", "outline", "brush", "selected"]) watched[`change:${name}`] = repaint;
   for (const [name, action] of Object.entries(watched)) model.on(name, action);
