@@ -36,6 +36,7 @@ from ..models import Detector, load_detector
 from ..reports.tables import detector_name, explainer_name
 from .canvas import MapCanvas, Panel
 from .explanations import ExplanationCache
+from .explorer import first_side
 from .opening import find_data
 from .saving import SaveBar, canvas_page
 
@@ -235,7 +236,6 @@ class GridExplorer(widgets.VBox):
         if not detectors:
             raise ValueError("There is no detector to look at: pass a dict of at least one, such as {'B = 2': load_detector(path)}.")
         if isinstance(frames, pd.DataFrame) and size is None:
-            from bcos_nb.widgets.thresholds import first_side
             size = first_side(frames)
         self.detectors, self.explainers, self.side = dict(detectors), list(explainers), side
         self.cache = cache or ExplanationCache(need_rgba=True)
