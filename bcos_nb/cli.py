@@ -406,7 +406,7 @@ def serve_app(
     token, port = os.environ.get("JUPYTER_TOKEN") or secrets.token_hex(24), free_port(port)
     # auto_token: the identity provider of jupyter_server takes its token from JUPYTER_TOKEN
     command = [sys.executable, "-m", "voila", str(folder), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1", "--Voila.auto_token=True",
-               f"--VoilaConfiguration.theme={theme}", "--VoilaConfiguration.classic_tree=True", "--VoilaConfiguration.show_tracebacks=True", "--Voila.log_level=WARNING"]
+               f"--VoilaConfiguration.theme={theme}", "--VoilaConfiguration.classic_tree=True", "--VoilaConfiguration.show_tracebacks=True", "--Voila.log_level=WARN"]
     # A notebook trains for a minute where there is no detector yet; no cell is given up.
     command += ["--VoilaExecutor.timeout=None"]
     address = f"http://127.0.0.1:{port}/?token={token}"

@@ -432,6 +432,7 @@ class GridExplorer(widgets.VBox):
         self.frames = self.run.grids.frames
         with self.hold_changes():
             self.rank.options = [(explainer_name(name), name) for name in self.run.explainers]
+            self.rank.value = self.run.explainers[0]
             self.place.max, self.place.value = len(self.run.grids) - 1, 0
         self.step_to(True)
 
