@@ -358,13 +358,19 @@ class GridExplorer(widgets.VBox):
             with self.hold_changes():
                 self.seed.value = seed
         labels = self.frames.labels.numpy()
-        allowed, self.note = np.ones(len(labels), bool), ""
+        allowed, notes = np.ones(len(labels), bool), []
+        there = [int((labels == label).sum()) for label in (0, 1)]
+        if there[0] < self.n.value**2 - self.fakes.value:  # a small dataset: what it has is shown
+            with self.hold_changes():
+                self.n.value = max([n for _, n in self.n.options if n * n - self.fakes.value <= there[0]], default=2)
+            notes.append(f"smaller, since there are {there[0]} real faces only")
         if self.deal_from.value == DEALS[0]:
             allowed = (self.probabilities() > 0.5) == (labels == 1)
             enough = all((allowed & (labels == label)).sum() >= count for label, count in ((1, self.fakes.value), (0, self.n.value**2 - self.fakes.value)))
             if not enough:
-                self.note = f"dealt from all faces, since the detector is right about {(allowed & (labels == 1)).sum()} fakes and {(allowed & (labels == 0)).sum()} real faces only"
+                notes.append(f"dealt from all faces, since the detector is right about {(allowed & (labels == 1)).sum()} fakes and {(allowed & (labels == 0)).sum()} real faces only")
                 allowed[:] = True
+        self.note = ", ".join(notes)
         self.show(deal_cells(labels, allowed, self.n.value, self.fakes.value, self.seed.value))
 
     def shuffle(self) -> None:
