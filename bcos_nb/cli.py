@@ -439,7 +439,7 @@ def serve_app(
     # A notebook trains for a minute where there is no detector yet; no cell is given up. A page that is closed ends its kernel by a request
     # that cannot carry Jupyter's second token, against requests from other sites, who would have to guess the kernel's number; a browser
     # that is killed asks for nothing, so kernels without a page end after two minutes.
-    command += ["--VoilaExecutor.timeout=None", "--Voila.tornado_settings={'disable_check_xsrf': True}", "--MappingKernelManager.cull_interval=20",
+    command += ["--VoilaExecutor.timeout=None", "--Voila.tornado_settings=disable_check_xsrf=True", "--MappingKernelManager.cull_interval=20",
                 "--MappingKernelManager.cull_idle_timeout=120"]
     address = f"http://127.0.0.1:{port}/?token={token}"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:

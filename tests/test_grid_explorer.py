@@ -146,6 +146,11 @@ def test_too_few_right_ones_are_said(detectors, frames):
     assert ("dealt from all faces" in explorer.verdict.value) == (not enough) and explorer.cells is not None
 
 
+def test_a_small_dataset_gives_a_smaller_grid(detectors, frames):
+    explorer = GridExplorer(detectors, frames[torch.tensor([0, 1, 2, 3, 20, 21])], ("gradcam",))
+    assert explorer.message.value == "" and explorer.n.value == 2 and "The grid is smaller, since there are 4 real faces only" in explorer.verdict.value
+
+
 def test_errors_are_shown_and_leave_the_controls_alive(detectors, frames):
     explorer = GridExplorer(detectors, frames, ("bcos",))
     assert "None of the explainers bcos can serve ordinary" in explorer.message.value
@@ -169,7 +174,7 @@ def test_a_vision_transformer_is_explained_by_windows():
 def test_a_run_is_stepped_through_from_worst_to_best(detectors, frames, runs):
     assert [folder.name for folder in find_grid_runs(runs)] == ["one"] and find_grid_runs(None) == []
     explorer = GridExplorer(detectors, frames, ("gradcam",), runs=runs)
-    explorer.source.value = find_grid_runs(runs)[0]
+    explorer.source.value = str(find_grid_runs(runs)[0])
     assert explorer.message.value == "" and explorer.stepping.layout.display == "flex" and explorer.detector.disabled
     scores = pd.read_parquet(runs / "grid_game" / "one" / "scores.parquet")
     count, last = scores["sample"].nunique(), -1.0
@@ -184,7 +189,7 @@ def test_a_run_is_stepped_through_from_worst_to_best(detectors, frames, runs):
     assert explorer.place.value == 0
     saved = explorer.settings()
     explorer.next.click()
-    explorer.source.value = None
+    explorer.source.value = "own"
     assert explorer.run is None and explorer.stepping.layout.display == "none" and len(explorer.cells) == 9
     explorer.restore(saved)
     assert explorer.settings() == saved and explorer.message.value == ""
@@ -203,7 +208,7 @@ def test_a_run_that_comes_out_otherwise_is_refused(detectors, frames, runs, tmp_
         open_grid_run(folder)
     (folder / "params.json").write_text(json.dumps(params | {"data": "gone"}))
     explorer = GridExplorer(detectors, frames, ("gradcam",), runs=tmp_path / "copy" / "runs" / "demo")
-    explorer.source.value = folder
+    explorer.source.value = str(folder)
     assert "gone" in explorer.message.value and "FileNotFoundError" in explorer.message.value
     (folder / "metrics.json").unlink()
     with pytest.raises(FileNotFoundError, match="not a complete run"):
