@@ -540,11 +540,11 @@ class MapChoice(widgets.VBox):
 
 def spread(
     labels: Sequence[str],  # ordered by B
-    count: int,  # of those to choose, at least 2
+    count: int,  # of those to choose
     values: Sequence[float],  # B of each; 0 for an ordinary network
 ) -> list[str]:
-    """The first, the one nearest to B = 2, and the last; more in order."""
-    chosen = list(dict.fromkeys([0, int(np.argmin(np.abs(np.asarray(values) - 2))), len(labels) - 1, *range(len(labels))]))[:count]
+    """The one nearest to B = 2, the first, and the last; more in order."""
+    chosen = list(dict.fromkeys([int(np.argmin(np.abs(np.asarray(values) - 2))), 0, len(labels) - 1, *range(len(labels))]))[:count]
     return [labels[k] for k in sorted(chosen)]
 
 # %% ../../nbs/widgets/explorer.ipynb #7a7aad5a
@@ -560,6 +560,7 @@ class Shown:
     columns: list[tuple[str, str]] = field(default_factory=list)  # backbone and explainer
     names: list[list[str | None]] = field(default_factory=list)  # detectors
     answers: list[list[Attribution | str]] = field(default_factory=list, repr=False)  # or why there is none
+    curves: dict[tuple[int, int], dict[str, np.ndarray]] = field(default_factory=dict, repr=False)  # place to measure to values, for instruments that draw them
     seconds: float = 0.0  # that it took
 
     @property
@@ -611,7 +612,7 @@ def look(
         found = cache.get_many(detectors[name], frames, row, explainers, target=target, progress=told)
         answers |= {(name, explainer): answer for explainer, answer in found.items()}
     table = [[answers.get(key := (names[r][c], columns[c][1])) or reasons.get(key, "no such detector") for c in range(len(columns))] for r in range(len(rows))]
-    return Shown(frames, row, frame_batch(frames, torch.tensor([row]))[0], inside_of(frames, row), rows, columns, names, table, time.perf_counter() - begin)
+    return Shown(frames, row, frame_batch(frames, torch.tensor([row]))[0], inside_of(frames, row), rows, columns, names, table, seconds=time.perf_counter() - begin)
 
 
 def said(
@@ -812,9 +813,10 @@ class Instrument(widgets.VBox):
 
     def page(self) -> str:
         """What is shown, as one file that still moves."""
-        table, row = self.score_table(), self.shown.frames.catalog.iloc[self.shown.row]
+        table = Instrument.score_table(self).drop(columns=["frame", "video", "arch"])
+        row = self.shown.frames.catalog.iloc[self.shown.row]
         words = f"{self.chooser.set.value}, video {row['video']}, {kind_of(row)}, frame {row['frame']}. Explained class: {('real', 'fake')[self.target.value]}."
-        return canvas_page(self.canvas, f"{self.name.capitalize()} of a face", words, table.drop(columns=["frame", "video", "arch"]), self.more_of_page())
+        return canvas_page(self.canvas, f"{self.name.capitalize()} of a face", words, table, self.more_of_page())
 
     def more_of_page(self) -> str:
         """HTML after the canvas."""
