@@ -22,7 +22,7 @@ PLAYED = {"arch": "resnet10", "b": 2.0, "data": "data", "dataset": "FaceForensic
           "options": {}, "n": 2, "grids": 4, "fakes": 1, "cell_size": None, "common": [], "windows": "auto", "min_confidence": 0.0, "seed": 3}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """A visitor's folder with a finished grid game, made by the functions that its notebook calls."""
     root = fill_demo(tmp_path_factory.mktemp("grids"), frames_per_video=4)
