@@ -6,9 +6,9 @@
 __all__ = ['app', 'data_app', 'MANY_PICTURES', 'TASKS', 'ICONS', 'search_app', 'SearchFolder', 'SearchStorage', 'SearchName',
            'explained', 'tell', 'check', 'show_findings', 'forge', 'forge_here', 'took', 'read_jobs', 'preset_of',
            'forge_missing', 'finish_task', 'show_games', 'report_failures', 'run', 'report', 'explore_folder', 'lab',
-           'app_template', 'write_template', 'free_port', 'open_when_ready', 'serve_app', 'prepare', 'pack',
-           'report_is_current', 'demo', 'search_run', 'opened_search', 'search_status', 'search_best', 'search_report',
-           'main']
+           'app_template', 'app_entrance', 'write_template', 'free_port', 'open_when_ready', 'serve_app', 'prepare',
+           'pack', 'report_is_current', 'demo', 'search_run', 'opened_search', 'search_status', 'search_best',
+           'search_report', 'main']
 
 # %% ../nbs/cli.ipynb #6d468884
 import functools
@@ -373,12 +373,42 @@ def app_template() -> str:
 """
 
 
-def write_template(folder: Path) -> None:
-    """Puts the template where Voilà finds it, given the folder in JUPYTER_PATH."""
+def app_entrance(
+    notebooks: Path,  # folder
+    theme: str,  # light or dark
+) -> str:
+    """The app's first page: a link to each notebook, with its title and what it says of itself."""
+    import html
+    import json
+
+    links = ""
+    for path in sorted(notebooks.glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        lines = "".join(cells[0]["source"]).splitlines() if cells else []
+        title = next((line[2:] for line in lines if line.startswith("# ")), path.stem)
+        words = next((line[2:] for line in lines if line.startswith("> ")), "")
+        links += f'<li><a href="{{{{ base_url }}}}voila/render/{html.escape(path.name)}">{html.escape(title)}</a><p>{html.escape(words)}</p></li>\n'
+    return f"""<!doctype html>
+<html lang="en" style="color-scheme: {theme}"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>bcos_nb</title>
+<link rel="icon" href="data:;base64,=">
+<style>body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 720px; margin: 48px auto; padding: 0 20px; }} ul {{ list-style: none; padding: 0; }}
+a {{ font-size: 20px; font-weight: 600; }} p {{ margin: 2px 0 20px; opacity: 0.8; }}</style></head>
+<body><h1>bcos_nb</h1><p>What does a deepfake detector look at, and is that the forgery? Each page starts a kernel of its own, which takes some seconds.</p>
+<ul>{links}</ul></body></html>
+"""
+
+
+def write_template(
+    folder: Path,  # one that JUPYTER_PATH names
+    notebooks: Path,  # folder
+    theme: str,  # light or dark
+) -> None:
+    """Puts the app's pages where Voilà finds them."""
     place = folder / "voila" / "templates" / "bcos_nb"
     place.mkdir(parents=True)
     (place / "conf.json").write_text('{"base_template": "lab"}', encoding="utf-8")
     (place / "index.html.j2").write_text(app_template(), encoding="utf-8")
+    (place / "tree.html").write_text(app_entrance(notebooks, theme), encoding="utf-8")
 
 
 def free_port(
@@ -443,7 +473,7 @@ def serve_app(
                 "--MappingKernelManager.cull_idle_timeout=120"]
     address = f"http://127.0.0.1:{port}/?token={token}"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
-        write_template(Path(place))
+        write_template(Path(place), folder, theme)
         paths = os.pathsep.join(filter(None, (place, os.environ.get("JUPYTER_PATH"))))
         server = subprocess.Popen(command, env=os.environ | {"JUPYTER_TOKEN": token, "JUPYTER_PATH": paths})
         tell(f"The exploring notebooks as an app: {address}\nWho has this address can run code on this machine. Ctrl-C ends it.")

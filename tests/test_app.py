@@ -17,6 +17,7 @@ from browser import SCREENSHOTS, chromium, fill_demo  # noqa: F401
 from typer.testing import CliRunner
 
 from bcos_nb import cli
+from bcos_nb.resources import resource_path
 
 PROGRAM = [sys.executable, "-c", "from bcos_nb.cli import main; main()", "app", "--no-browser"]
 
@@ -82,7 +83,7 @@ def test_without_the_token_it_is_refused(app):
     assert answer(f"{address}/api/kernels/{number}/channels", **key)[0] == 403
     for form in ({}, {"Authorization": f"token {token}"}):
         code, page = answer(f"{address}/" + ("" if form else f"?token={token}"), **form)
-        assert code == 200 and "grids" in page and "thresholds" in page
+        assert code == 200 and "grids.ipynb" in page and "thresholds.ipynb" in page
 
 
 @pytest.mark.browser
@@ -108,7 +109,8 @@ def test_the_instruments_work_in_it(app, chromium):  # noqa: F811
     page.on("request", lambda request: None if request.url.startswith((address, "data:", "blob:", address.replace("http", "ws"))) else errors.append(f"asks {request.url}"))
     page.set_default_timeout(120_000)
     page.goto(f"{address}/?token={token}")
-    names = [name for name in ("attributions", "grids", "own_images", "thresholds") if page.get_by_text(f"{name}.ipynb").count()]
+    names = [name for name in ("attributions", "grids", "own_images", "thresholds") if page.locator(f"a[href$='{name}.ipynb']").count()]
+    page.screenshot(path=SCREENSHOTS / "app.png")
     assert {"grids", "own_images", "thresholds"} <= set(names)
     shown = {"grids": ".bcos-bars .bcos-chart", "own_images": ".bcos-drop button", "thresholds": ".bcos-threshold .noUi-handle", "attributions": ".bcos-explorer canvas"}
     for name in names:
@@ -155,8 +157,12 @@ def test_a_port_in_use_is_passed_over():
 
 
 def test_the_template_asks_nothing_of_the_internet(tmp_path):
-    cli.write_template(tmp_path)
+    cli.write_template(tmp_path, resource_path("nbs/explore"), "dark")
     place = tmp_path / "voila" / "templates" / "bcos_nb"
     assert json.loads((place / "conf.json").read_text()) == {"base_template": "lab"}
     text = (place / "index.html.j2").read_text()
     assert text.count("https://") == text.count('replace("https://') == 2
+    entrance = (place / "tree.html").read_text()
+    assert "http" not in entrance and "color-scheme: dark" in entrance
+    for name in ("grids", "own_images", "thresholds"):
+        assert f'href="{{{{ base_url }}}}voila/render/{name}.ipynb"' in entrance
