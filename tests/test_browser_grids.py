@@ -65,7 +65,7 @@ def test_grids(lab, demo, chromium):  # noqa: F811
     with open_notebook(chromium, lab, "grids.ipynb", height=1150) as page:
         page.locator(".bcos-bars .bcos-chart").first.wait_for(timeout=180_000)
         first = winners(page)
-        assert len(first) == page.locator(".bcos-grids .bcos-panel canvas").count() - 1 and all("fake's share" in one for one in first)
+        assert len(first) == page.locator(".bcos-grids .bcos-panel canvas.bcos-picture").count() - 1 and all("fake's share" in one for one in first)
 
         menus = page.locator(".bcos-grids select")
         menus.nth(1).select_option("ResNet-10, B = 2")

@@ -238,7 +238,7 @@ class GridExplorer(widgets.VBox):
         if isinstance(frames, pd.DataFrame) and size is None:
             size = first_side(frames)
         self.detectors, self.explainers, self.side = dict(detectors), list(explainers), side
-        self.cache = cache or ExplanationCache(need_rgba=True)
+        self.cache = ExplanationCache() if cache is None else cache  # an empty one is false
         self.pool = self.frames = pool_of(frames, size, most)
         self.known: dict[tuple, np.ndarray] = {}  # p(fake) of the frames, by detector and frames
         self.made: OrderedDict[tuple, Grids] = OrderedDict()  # grids seen last, so that their explanations can be found again
