@@ -64,7 +64,7 @@ def is_called(content: bytes) -> str:
             return f"{words}: export it as a PNG or JPEG"
     text = content[:400].decode("utf-8", "ignore").strip()
     if content and b"\x00" not in content[:400] and len(text) > 0.9 * len(content[:400].strip()):
-        return f"a text that begins with “{' '.join(text.split())[:30]}”"
+        return f"a text that begins with “{' '.join(text.split())[:30].strip()}”"
     return "something else" if content else "empty"
 
 
@@ -461,7 +461,7 @@ class OwnImagesExplorer(widgets.VBox):
         if not detectors:
             raise ValueError("There is no detector to look at: pass a dict of at least one, such as {'B = 2': load_detector(path)}.")
         self.detectors, self.explainers = dict(detectors), list(explainers)
-        self.own, self.cache, self.frames = own or OwnImages(size), cache or ExplanationCache(), None
+        self.own, self.cache, self.frames = OwnImages(size) if own is None else own, ExplanationCache() if cache is None else cache, None  # empty ones are false
         self.chosen = widgets.Dropdown(description="image", layout=widgets.Layout(width="420px"), style={"description_width": "70px"})
         self.threshold = widgets.FloatSlider(value=0.0, min=0, max=1, step=0.01, description="threshold", layout=widgets.Layout(width="420px"), style={"description_width": "70px"})
         self.bar = widgets.IntProgress(max=len(self.detectors), description="explaining", layout=widgets.Layout(width="240px", visibility="hidden"))
@@ -511,7 +511,7 @@ class OwnImagesExplorer(widgets.VBox):
         finally:
             self.bar.layout.visibility = "hidden"
         names = [f"{name}: {words}" for name, words in zip(self.detectors, verdicts)]
-        self.canvas.show([[Panel(image, title="image"), *line] for line in panels], ["", *map(explainer_name, self.explainers)], names)
+        self.canvas.show([[None if k else Panel(image, description="the image"), *line] for k, line in enumerate(panels)], ["image", *map(explainer_name, self.explainers)], names)
 
     def panel(self, image: np.ndarray, answer) -> Panel:
         """One map."""
