@@ -1,148 +1,220 @@
-"""The threshold explorer in a real browser: JupyterLab is started, the notebook is run, the slider is moved."""
+"""The exploring instruments in a real browser: JupyterLab is started, the notebooks are run, sliders are moved, regions brushed."""
 import json
-import os
 import re
-import secrets
-import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from browser import DETECTORS, chromium, demo, lab, open_notebook, shoot, theme  # noqa: F401
 
-from bcos_nb.data import forge_dataset, load_frames, read_catalog
+from bcos_nb.data import load_frames, read_catalog
 from bcos_nb.explainers import explain
-from bcos_nb.games import localization_scores
-from bcos_nb.models import create_detector, load_detector, save_detector
-from bcos_nb.resources import resource_path
+from bcos_nb.games import localization_scores, specificity
+from bcos_nb.models import load_detector
+from bcos_nb.reports.figures import heat_overlay
+from bcos_nb.widgets.explorer import hidden_image
 
 pytestmark = pytest.mark.browser
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-SCREENSHOTS = Path(__file__).resolve().parents[1] / "test-output"
+
+
+class Expected:
+    """What the project's own functions say of the fakes of the test split."""
+
+    def __init__(self, folder):
+        self.detectors = {b: load_detector(folder / "runs" / "demo" / "train" / f"resnet10-{name}" / "detector.safetensors").eval() for b, name in DETECTORS.items()}
+        catalog = read_catalog(folder / "data", "FaceForensics++", "test", "c23", frames_per_video=2)
+        self.frames = load_frames(catalog[catalog.label == 1].reset_index(drop=True), 128, root=folder / "data")
+        self.inside = self.frames.masks[:, 0] == 255
+
+    def image(self, frame):
+        return self.frames.images[[frame]].float() / 255
+
+    def maps(self, b, explainer, frame):
+        return explain(self.detectors[b], self.image(frame), explainer).maps
+
+    def scores(self, b, explainer, frame, threshold):
+        scores = localization_scores(self.maps(b, explainer, frame), self.inside[[frame]], (threshold,))
+        return [scores[name].item() for name in ("weighted", "unweighted")]
+
+    def probability(self, b, image):
+        with torch.no_grad():
+            return self.detectors[b](image).softmax(1)[0, 1].item()
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine: `apt-get install chromium` to run the browser test")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright's Python client is not installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
+def expected(demo):
+    return Expected(demo)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A folder as a visitor has it: the exploring notebook, and a run with two small untrained detectors."""
-    root = tmp_path_factory.mktemp("lab")
-    shutil.copy(resource_path("nbs/explore/thresholds.ipynb"), root)
-    forge_dataset(root / "data", identities=6, frames_per_video=1, size=64, compressions=("c23",), progress=False)
-    for b in (None, 2.0):
-        torch.manual_seed(0)
-        run = root / "runs" / "demo" / "train" / f"resnet10-{b}"
-        run.mkdir(parents=True)
-        save_detector(create_detector("resnet10", b=b, width=0.25), run / "detector.safetensors")
-        (run / "params.json").write_text(json.dumps({"arch": "resnet10", "b": b, "data": "data", "compression": "c23", "image_size": 64}))
-        (run / "metrics.json").write_text("{}")
-    return root
+PANEL = ".bcos-canvas:not(.bcos-plain) .bcos-panel:has(.bcos-stage)"  # a map, not a picture of the filmstrip
 
 
-@pytest.fixture(scope="module")
-def lab(folder, chromium):
-    """The address of a JupyterLab on a free port, with a token."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    token = secrets.token_hex(16)
-    settings = {name: str(folder / f".{name.lower()}") for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "IPYTHONDIR")}
-    news = Path(settings["JUPYTERLAB_SETTINGS_DIR"]) / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    news.parent.mkdir(parents=True, exist_ok=True)
-    news.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
-    command += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    environment = {key: value for key, value in os.environ.items() if key != "BCOS_NB_RUNS"} | settings | {"OMP_NUM_THREADS": "1"}
-    with open(folder / "lab.log", "w") as log:
-        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            assert server.poll() is None, (folder / "lab.log").read_text()[-2000:]
-            try:
-                urllib.request.urlopen(f"{address}/api/status?token={token}", timeout=2)
-                break
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                time.sleep(0.1)
-        yield f"{address}/lab/tree/thresholds.ipynb?token={token}"
-    finally:
-        server.terminate()
-        server.wait(20)
+def numbers(page, panel, names=("weighted", "unweighted")):
+    """The scores below a map."""
+    return [float(page.locator(PANEL).nth(panel).locator(f".bcos-{name} b").inner_text()) for name in names]
 
 
-def expected_scores(folder: Path, b: float | None, explainer: str, frame: int, threshold: float) -> tuple[str, str]:
-    """What localization_scores says of one fake, with four decimals."""
-    detector = load_detector(folder / "runs" / "demo" / "train" / f"resnet10-{b}" / "detector.safetensors")
-    catalog = read_catalog(folder / "data", "FaceForensics++", "test", "c23")
-    fakes = load_frames(catalog[catalog.label == 1].reset_index(drop=True), 64, root=folder / "data")
-    maps = explain(detector, fakes.images[[frame]].float() / 255, explainer).maps
-    scores = localization_scores(maps, fakes.masks[[frame], 0] == 255, (threshold,))
-    return tuple(f"{scores[name].item():.4f}" for name in ("weighted", "unweighted"))
+def wait_for(page, say, wanted, tolerance=6e-4):
+    """Waits until the numbers on the page are those wanted, to three digits."""
+    end = time.monotonic() + 45
+    while True:
+        told = say()
+        if len(told) == len(wanted) and all(abs(a - b) <= tolerance for a, b in zip(told, wanted)):
+            return
+        assert time.monotonic() < end, f"the page says {told}, expected {wanted}"
+        page.wait_for_timeout(50)
 
 
-def test_threshold_explorer(lab, folder, chromium):
-    errors = []
-    SCREENSHOTS.mkdir(exist_ok=True)
-    page = chromium.new_page(viewport={"width": 1280, "height": 1000})
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.set_default_timeout(45_000)
-    page.goto(lab)
-    page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()
-    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()  # whoever runs cells earlier is asked for a kernel
-    page.keyboard.press("Control+b")  # the file browser aside, as a visitor would have it
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_text("Run All Cells", exact=True).click()
+def picture(page, panel):
+    """The pixels of a map."""
+    return page.locator(f"{PANEL} .bcos-picture").nth(panel).evaluate("canvas => canvas.toDataURL()")
 
-    handle = page.locator(".bcos-threshold .noUi-handle")
-    handle.wait_for(timeout=120_000)  # the explorer explains before it shows
-    weighted, unweighted = page.locator("b.bcos-weighted"), page.locator("b.bcos-unweighted")
-    weighted.wait_for()
-    page.locator(".bcos-explorer .js-plotly-plot .scatterlayer").wait_for()
-    # Both detectors can be chosen; the first is the ordinary one with Grad-CAM on the first fake, at threshold 0.5.
-    shown = lambda: (weighted.inner_text(), unweighted.inner_text())
-    assert shown() == expected_scores(folder, None, "gradcam", 0, 0.5)
 
-    picture = lambda: page.locator(".bcos-explorer img").nth(2).get_attribute("src")
-    before, blob = shown(), picture()
-    handle.focus()
-    for _ in range(3):
-        handle.press("ArrowRight")
-    page.wait_for_function("text => document.querySelector('b.bcos-unweighted').innerText != text", arg=before[1])
-    page.wait_for_function("() => document.querySelector('.bcos-threshold .widget-readout').innerText == '0.53'")
-    wanted = expected_scores(folder, None, "gradcam", 0, 0.53)
-    page.wait_for_function("text => document.querySelector('b.bcos-weighted').innerText == text", arg=wanted[0])
-    assert shown() == wanted and picture() != blob
+def readout(page):
+    return float(page.locator(".bcos-threshold .widget-readout").inner_text())
 
-    page.locator(".bcos-explorer select").first.select_option("ResNet-10, B = 2")
-    wanted = expected_scores(folder, 2.0, "gradcam", 0, 0.53)  # the explainer stays; its menu is filled anew
-    page.wait_for_function("text => document.querySelector('b.bcos-weighted').innerText == text", arg=wanted[0])
-    page.locator(".bcos-explorer select").nth(1).select_option("B-cos")
-    wanted = expected_scores(folder, 2.0, "bcos", 0, 0.53)
-    page.wait_for_function("text => document.querySelector('b.bcos-weighted').innerText == text", arg=wanted[0])
-    page.locator(".bcos-explorer button").nth(1).click()  # the next frame
-    wanted = expected_scores(folder, 2.0, "bcos", 1, 0.53)
-    page.wait_for_function("text => document.querySelector('b.bcos-weighted').innerText == text", arg=wanted[0])
-    assert re.search(r"Frame 2 of \d+", page.locator(".bcos-verdict").inner_text())
 
-    page.locator(".bcos-explorer").scroll_into_view_if_needed()
-    page.wait_for_timeout(500)
-    page.screenshot(path=SCREENSHOTS / "thresholds.png")
-    assert not errors, errors
+def drag(page, locator, begin, end):
+    """From one place to another, as shares of an element's size."""
+    locator.evaluate("element => element.scrollIntoView({block: 'center'})")
+    page.wait_for_timeout(100)
+    box = locator.bounding_box()
+    page.mouse.move(box["x"] + begin[0] * box["width"], box["y"] + begin[1] * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + end[0] * box["width"], box["y"] + end[1] * box["height"], steps=5)
+    page.mouse.up()
+
+
+# With both detectors ticked and three explainers, the maps with scores are: ordinary Grad-CAM and LayerCAM, B = 2 B-cos, Grad-CAM, LayerCAM.
+MAPS = [(None, "gradcam"), (None, "layercam"), (2.0, "bcos"), (2.0, "gradcam"), (2.0, "layercam")]
+
+
+def test_attributions(lab, expected, chromium):
+    with open_notebook(chromium, lab, "attributions.ipynb") as page:
+        handle = page.locator(".bcos-threshold .noUi-handle")
+        handle.wait_for(timeout=120_000)  # the kernel imports
+        page.locator(f"{PANEL} .bcos-score").first.wait_for()
+        for panel, (b, explainer) in enumerate(MAPS):
+            wait_for(page, lambda: numbers(page, panel), expected.scores(b, explainer, 0, 0.0))
+        assert page.locator(".bcos-words").count() == 1 and "B-cos" in page.locator(".bcos-words").inner_text()
+
+        # The slider by keyboard and by mouse: picture and scores follow, to what localization_scores gives.
+        before = picture(page, 2)
+        handle.focus()
+        for _ in range(3):
+            handle.press("ArrowRight")
+        wait_for(page, lambda: [readout(page)], [0.03])
+        for panel, (b, explainer) in enumerate(MAPS):
+            wait_for(page, lambda: numbers(page, panel), expected.scores(b, explainer, 0, 0.03))
+        pixels = page.locator(f"{PANEL} .bcos-picture").nth(2).evaluate("canvas => [...canvas.getContext('2d').getImageData(0, 0, 128, 128).data]")
+        image = (expected.image(0)[0].permute(1, 2, 0) * 255).byte().numpy()
+        heat = heat_overlay(image, expected.maps(2.0, "bcos", 0)[0].numpy(), 0.03).astype(int)
+        assert np.abs(np.reshape(pixels, (128, 128, 4))[..., :3] - heat).max() <= 3  # a step of the colours, and of rounding
+        drag(page, page.locator(".bcos-threshold .noUi-base"), (0.03, 0.5), (0.4, 0.5))
+        threshold = readout(page)
+        assert 0.3 < threshold < 0.5
+        for panel, (b, explainer) in enumerate(MAPS):
+            wait_for(page, lambda: numbers(page, panel), expected.scores(b, explainer, 0, threshold))
+        assert picture(page, 2) != before
+
+        # A rectangle: its share of what is left of the map, and what the detectors say without it.
+        drag(page, page.locator(f"{PANEL} .bcos-stage").nth(2), (0.3, 0.35), (0.7, 0.8))
+        page.locator("b.bcos-hidden").nth(1).wait_for()
+        words = page.locator("th", has_text="pixels at").inner_text()
+        width, height, left, top = map(int, re.search(r"(\d+) × (\d+) pixels at (\d+), (\d+)", words).groups())
+        assert abs(width - 0.4 * 128) < 3 and abs(left - 0.3 * 128) < 3
+        box = (left, top, left + width, top + height)
+        hidden = hidden_image(expected.image(0), box, "blurred")
+        wait_for(page, lambda: [float(text) for text in page.locator("b.bcos-hidden").all_inner_texts()], [expected.probability(b, hidden) for b in (None, 2.0)])
+        region = torch.zeros(1, 128, 128, dtype=torch.bool)
+        region[:, top:top + height, left:left + width] = True
+        share = localization_scores(expected.maps(2.0, "bcos", 0), region, (threshold,))["weighted"].item()
+        assert abs(float(re.search(r"box: ([\d.]+) %", page.locator(f"{PANEL} .bcos-box").nth(2).inner_text())[1]) / 100 - share) < 6e-3
+        assert "attribution" in page.locator(f"{PANEL} .bcos-label").nth(2).inner_text()
+        shoot(page, "attributions_light")
+
+        # Settings are saved, everything is changed by keyboard and boxes, and they bring it back.
+        page.get_by_role("button", name="settings").click()
+        page.locator(".bcos-saved", has_text="json").wait_for()
+        saved = next((lab.folder / "saved").glob("attributions-*.json"))
+        assert json.loads(saved.read_text())["brush"] == list(box)
+        canvas = page.locator(".bcos-canvas").nth(1)
+        canvas.focus()
+        canvas.press("ArrowRight"), canvas.press("ArrowUp"), canvas.press("Escape")
+        for panel, (b, explainer) in enumerate(MAPS):
+            wait_for(page, lambda: numbers(page, panel), expected.scores(b, explainer, 1, round(threshold + 0.01, 2)))
+        assert page.locator("b.bcos-hidden").count() == 0
+        page.get_by_label("ordinary", exact=True).uncheck()
+        page.wait_for_function("() => document.querySelectorAll('.bcos-panel .bcos-score b').length === 6")
+        wait_for(page, lambda: numbers(page, 0), expected.scores(2.0, "bcos", 1, round(threshold + 0.01, 2)))
+        page.locator("select:has(option[value='contours'])").select_option("contours")
+        page.locator("input[type=file]").set_input_files(saved)
+        page.locator(".bcos-saved", has_text="Restored").wait_for()
+        for panel, (b, explainer) in enumerate(MAPS):
+            wait_for(page, lambda: numbers(page, panel), expected.scores(b, explainer, 0, threshold))
+        page.locator("b.bcos-hidden").nth(1).wait_for()
+        assert readout(page) == threshold and page.locator("select:has(option[value='contours'])").input_value() == "heat"
+        page.get_by_role("button", name="PNG").click()
+        page.locator(".bcos-saved", has_text="png").wait_for()
+        assert next((lab.folder / "saved").glob("attributions-*.png")).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+        page.locator("select:has(option[value='contours'])").select_option("colour")
+        theme(page, "JupyterLab Dark")
+        shoot(page, "attributions_dark")
+        theme(page, "JupyterLab Light")
+        assert page.locator(".bcos-explorer").evaluate("element => element.scrollWidth <= element.clientWidth")  # fits
+
+
+def test_thresholds(lab, expected, chromium):
+    with open_notebook(chromium, lab, "thresholds.ipynb") as page:
+        handle = page.locator(".bcos-threshold .noUi-handle")
+        handle.wait_for(timeout=120_000)
+        page.locator(f"{PANEL} .bcos-score").first.wait_for()
+        explainers = ["bcos", "gradcam", "layercam", "gradcam++"]  # of the detector with B = 2
+        for panel, explainer in enumerate(explainers):
+            wait_for(page, lambda: numbers(page, panel), expected.scores(2.0, explainer, 0, 0.5))
+        maps = torch.cat([expected.maps(2.0, "bcos", k) for k in range(len(expected.frames))])
+        specific = specificity(maps, expected.inside, (0.5,), groups=expected.frames.videos)[0, 0].item()
+        wait_for(page, lambda: numbers(page, 0, ["specificity"]), [specific])
+
+        # The line on the curves is where the threshold is, after a key and after the mouse.
+        marks = page.locator(".bcos-mark")
+        marks.nth(3).wait_for(state="attached")
+        assert marks.count() == 4 and marks.first.get_attribute("data-threshold") == "0.50"
+        where = lambda: marks.first.evaluate("""line => { const plot = line.parentElement.querySelector(".nsewdrag").getBoundingClientRect();
+            return (line.getBoundingClientRect().left - plot.left) / plot.width }""")
+        assert abs(where() - 0.5) < 0.02
+        before = picture(page, 0)
+        handle.focus()
+        handle.press("ArrowLeft"), handle.press("ArrowLeft")
+        for panel, explainer in enumerate(explainers):
+            wait_for(page, lambda: numbers(page, panel), expected.scores(2.0, explainer, 0, 0.48))
+        assert abs(where() - 0.48) < 0.02 and picture(page, 0) != before
+        drag(page, page.locator(".bcos-threshold .noUi-base"), (0.48, 0.5), (0.2, 0.5))
+        threshold = readout(page)
+        for panel, explainer in enumerate(explainers):
+            wait_for(page, lambda: numbers(page, panel), expected.scores(2.0, explainer, 0, threshold))
+        assert abs(where() - threshold) < 0.02
+        shoot(page, "thresholds_light")
+
+        # It plays by itself, and stops.
+        play = page.locator("button[title='move the threshold by itself']")
+        play.click()
+        page.wait_for_function("start => document.querySelector('.bcos-mark').dataset.threshold != start", arg=f"{threshold:.2f}")
+        play.click()
+        stopped = readout(page)
+
+        # The mean of all fakes, with intervals, at the threshold.
+        page.get_by_role("button", name="mean of the chosen frames").click()
+        page.locator(".bcos-means").wait_for()
+        page.wait_for_timeout(200)
+        stopped = readout(page)
+        count = len(expected.frames)
+        assert f"mean of {count} frames" in page.locator(".bcos-means").inner_text()
+        mean = localization_scores(maps, expected.inside, (stopped,))["weighted"].mean().item()
+        wait_for(page, lambda: [float(page.locator(".bcos-means b").first.inner_text())], [mean])
+        theme(page, "JupyterLab Dark")
+        shoot(page, "thresholds_dark")
+        theme(page, "JupyterLab Light")
+        assert page.locator(".bcos-explorer").evaluate("element => element.scrollWidth <= element.clientWidth")

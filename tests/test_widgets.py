@@ -1,4 +1,7 @@
+import asyncio
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -7,93 +10,275 @@ import torch
 
 from bcos_nb.data import Frames
 from bcos_nb.explainers import explain
-from bcos_nb.games import localization_scores
+from bcos_nb.games import localization_scores, specificity
 from bcos_nb.models import create_detector, save_detector
-from bcos_nb.widgets import ThresholdExplorer, find_runs, open_runs
-from bcos_nb.widgets.thresholds import STEPS, paint, view_frame
+from bcos_nb.reports.figures import heat_overlay
+from bcos_nb.widgets import AttributionExplorer, ExplanationCache, MapCanvas, Panel, ThresholdExplorer, find_runs, open_runs
+from bcos_nb.widgets.canvas import LEVELS, packed_table, restored_attribution, stored_attribution
+from bcos_nb.widgets.explorer import Background, frame_sets, hidden_image
+from bcos_nb.widgets.saving import canvas_page
+from bcos_nb.widgets.thresholds import STEPS
 
 
 @pytest.fixture(scope="module")
 def detectors():
     torch.manual_seed(0)
-    return {"B = 2": create_detector("resnet10", b=2, width=0.25).eval(), "ordinary": create_detector("resnet10", width=0.25).eval()}
+    return {"ResNet-10, ordinary": create_detector("resnet10", width=0.25).eval(), "ResNet-10, B = 2": create_detector("resnet10", b=2, width=0.25).eval()}
 
 
 @pytest.fixture(scope="module")
 def frames():
     torch.manual_seed(1)
-    masks = torch.zeros(4, 1, 64, 64, dtype=torch.uint8)
-    masks[1:, :, 10:40, 20:50] = 255
-    catalog = pd.DataFrame({"frame": list("abcd"), "mask": "", "video": list("abcd"), "label": [0, 1, 1, 1],
-                            "method": ["real", "Deepfakes", "FaceSwap", "FaceSwap"]})
-    return Frames((torch.rand(4, 3, 64, 64) * 255).byte(), masks, torch.tensor([0, 1, 1, 1]), list("abcd"), catalog)
-
-
-@pytest.fixture
-def explorer(detectors, frames):
-    return ThresholdExplorer(detectors, frames)
+    masks = torch.zeros(5, 1, 64, 64, dtype=torch.uint8)
+    for k in range(1, 5):
+        masks[k, :, 8 * k:8 * k + 24, 20:50] = 255
+    catalog = pd.DataFrame({"frame": list("abcde"), "mask": "", "video": list("abcde"), "label": [0, 1, 1, 1, 1],
+                            "method": ["real", "Deepfakes", "FaceSwap", "FaceSwap", "FaceSwap"], "source_frame": [None, "a", "a", "a", "gone"]})
+    return Frames((torch.rand(5, 3, 64, 64) * 255).byte(), masks, torch.tensor([0, 1, 1, 1, 1]), list("abcde"), catalog)
 
 
 def scores_of(detector, frames, row, explainer, threshold):
     maps = explain(detector, frames.images[[row]].float() / 255, explainer).maps
-    scores = localization_scores(maps, frames.masks[[row], 0] == 255, (threshold,))
-    return [f"{scores[name].item():.4f}" for name in ("weighted", "unweighted")]
+    return {name: values.item() for name, values in localization_scores(maps, frames.masks[[row], 0] == 255, (threshold,)).items()}
+
+
+# ---- the canvas
+
+@pytest.mark.parametrize("power", [1, 3, 8])
+def test_stored_maps_keep_what_localization_scores_keeps(power):
+    generator = torch.Generator().manual_seed(power)
+    maps = torch.rand(3, 48, 48, generator=generator) ** power
+    maps[0, :10] = (torch.arange(48) / 50).float().clamp(max=1)  # on the slider's steps
+    maps[1, :5], maps[2] = 0, torch.nextafter((torch.randint(0, 101, (48, 48), generator=generator) / 100).float(), torch.tensor(0.0)).clamp(min=0)  # just below
+    regions = torch.rand(3, 48, 48, generator=generator) > 0.6
+    stored = np.stack([stored_attribution(one) for one in maps])
+    scores = localization_scores(maps, regions, STEPS)
+    for k, threshold in enumerate(STEPS):
+        kept = stored >= round(threshold * LEVELS) + 1
+        share = (kept & regions.numpy()).sum((1, 2)) / np.maximum(kept.sum((1, 2)), 1)
+        assert np.array_equal(share.astype(np.float32), scores["unweighted"][k].numpy()), threshold
+        values = restored_attribution(stored) * kept
+        weighted = (values * regions.numpy()).sum((1, 2)) / np.maximum(values.sum((1, 2)), 1e-12)
+        assert np.abs(weighted - scores["weighted"][k].numpy()).max() < 2e-4
+
+
+def test_a_table_sends_a_frame_once():
+    image, mask = np.zeros((8, 8, 3), np.uint8), np.eye(8, dtype=bool)
+    content = packed_table([[Panel(image, np.eye(8), mask=mask), Panel(image, np.eye(8), mask=mask)], ["none here", None]], ["a", "b"], ["r", "s"])
+    assert len(content["images"]) == len(content["masks"]) == 1 and [panel["words"] for panel in content["panels"]] == ["", "", "none here"]
+    assert np.array_equal(np.unpackbits(np.frombuffer(content["masks"][0]["bits"], np.uint8)).reshape(8, 8), mask)
+    with pytest.raises(ValueError, match="one height and width"):
+        packed_table([[Panel(image, np.eye(4))]])
+    with pytest.raises(ValueError, match="uint8"):
+        packed_table([[Panel(image / 255)]])
+    with pytest.raises(ValueError, match="in \\[0, 1\\]"):
+        packed_table([[Panel(image, np.full((8, 8), np.nan))]])
+
+
+def test_a_moved_control_sends_no_picture():
+    canvas = MapCanvas([[Panel(np.zeros((8, 8, 3), np.uint8), np.eye(8))]])
+    sent = []
+    canvas.send_state = lambda key=None: sent.append(key)
+    canvas.threshold, canvas.style, canvas.opacity, canvas.brush = 0.7, "contours", 0.4, [1, 1, 4, 4]
+    assert "content" not in str(sent) and canvas.threshold == 0.7
+
+
+def test_page_holds_the_maps_and_asks_nobody(frames):
+    canvas = MapCanvas([[Panel(np.zeros((8, 8, 3), np.uint8), np.eye(8), title="</script><b>")]])
+    page = canvas_page(canvas, "a & b", scores=pd.DataFrame({"weighted": [np.nan]}))
+    assert "a &amp; b" in page and "</script><b>" not in page and "http" not in page.replace("http-equiv", "")
+
+
+# ---- work beside the controls
+
+def test_the_last_request_counts():
+    shown = []
+
+    async def kernel():
+        background, done = Background(), asyncio.Event()
+        for k in range(4):
+            background.run("view", lambda wanted, k=k: (time.sleep(0.03), k)[1], lambda k: (shown.append(k), done.set()), shown.append)
+        assert not shown
+        await asyncio.wait_for(done.wait(), 20)
+        failed = asyncio.Event()
+        background.run("view", lambda wanted: 1 / 0, shown.append, lambda error: (shown.append(type(error)), failed.set()))
+        await asyncio.wait_for(failed.wait(), 20)
+
+    ThreadPoolExecutor(1).submit(asyncio.run, kernel()).result()
+    assert shown == [3, ZeroDivisionError]
+
+
+# ---- attributions
+
+@pytest.fixture
+def attributions(detectors, frames, tmp_path):
+    return AttributionExplorer(detectors, frames, ["bcos", "gradcam"], folder=tmp_path)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.07, 0.29, 0.58, 1.0])
-def test_text_is_localization_scores(explorer, detectors, frames, threshold):
-    explorer.threshold.value = threshold
-    for value in scores_of(detectors["B = 2"], frames, 1, "bcos", threshold):
-        assert f">{value}</b>" in explorer.text.value
+def test_scores_are_localization_scores(attributions, detectors, frames, threshold):
+    attributions.threshold.value = threshold
+    table = attributions.score_table()
+    assert list(zip(table.detector, table.explainer)) == [("ResNet-10, ordinary", "gradcam"), ("ResNet-10, B = 2", "bcos"), ("ResNet-10, B = 2", "gradcam")]
+    for row in table.itertuples():
+        expected = scores_of(detectors[row.detector], frames, 1, row.explainer, threshold)
+        assert row.weighted == pytest.approx(expected["weighted"], abs=1e-5) and row.unweighted == pytest.approx(expected["unweighted"], abs=1e-5)
 
 
-def test_everything_follows(explorer, detectors, frames):
-    pictures = [image.value for image in explorer.images]
-    explorer.threshold.value = 0.8
-    assert explorer.images[2].value != pictures[2] and explorer.images[:2] and explorer.images[1].value == pictures[1]
-    assert list(explorer.curves.data[3].x) == [0.8, 0.8] and explorer.curves.data[4].y[0] == pytest.approx(explorer.score("weighted"))
-    explorer.next.click()
-    assert explorer.images[0].value != pictures[0] and "Frame 2 of 3" in explorer.verdict.value
-    explorer.previous.click(), explorer.previous.click()
-    assert "Frame 3 of 3" in explorer.verdict.value
-    explorer.method.value = "FaceSwap"
-    assert "Frame 1 of 2" in explorer.verdict.value
-    explorer.detector.value = "ordinary"
-    assert explorer.explainer.value == "gradcam" and f">{scores_of(detectors['ordinary'], frames, 2, 'gradcam', 0.8)[0]}</b>" in explorer.text.value
-    assert explorer.message.value == ""
+def test_everything_follows(attributions, frames):
+    panels = lambda: [panel for panel in attributions.canvas.content["panels"] if not panel["words"]]
+    assert len(panels()) == 3 and attributions.shown.row == 1 and attributions.canvas.content["rows"][1].startswith("B = 2\np(fake)")
+    before = panels()[0]["attribution"]
+    attributions.chooser.next.click()
+    assert attributions.shown.row == 2 and panels()[0]["attribution"] != before
+    attributions.chooser.previous.click(), attributions.chooser.previous.click()
+    assert attributions.shown.row == 4  # around the end
+    attributions.canvas.hear(attributions.canvas, {"event": "step", "by": 1}, [])
+    assert attributions.shown.row == 1
+    attributions.chooser.strip.selected = 2
+    assert attributions.shown.row == 3
+    attributions.choice.rows["ordinary"].value = False
+    assert len(panels()) == 2 and attributions.canvas.content["rows"] == [attributions.canvas.content["rows"][0]]
+    attributions.target.value = 0
+    assert int(attributions.shown.answers[0][0].target[0]) == 0
+    attributions.look.value = "signed"
+    assert attributions.canvas.style == "signed" and attributions.message.value == ""
 
 
-def test_explanations_are_kept_within_bounds(detectors, frames):
-    explorer = ThresholdExplorer(detectors, frames, keep=2)
-    first = explorer.view
-    explorer.step(1), explorer.step(-1)
-    assert explorer.view is first
-    explorer.step(1), explorer.step(1)
-    assert len(explorer.views) == 2
+def test_hidden_regions(attributions, detectors, frames):
+    image = frames.images[[1]].float() / 255
+    attributions.canvas.brush = [10, 5, 40, 90]  # reaches out of the picture
+    for how in ("blurred", "grey", "source frame"):
+        attributions.hiding.value = how
+        source = frames.images[0].float() / 255
+        hidden = hidden_image(image, (10, 5, 40, 64), how, source)
+        if how == "grey":
+            assert bool((hidden[..., 5:, 10:40] == 0.5).all()) and torch.equal(hidden[..., :10], image[..., :10])
+        with torch.no_grad():
+            for name, detector in detectors.items():
+                assert torch.allclose(attributions.hidden[name][1], detector(hidden)[0], atol=1e-5), (how, name)
+    attributions.chooser.go(3)  # its source frame is gone
+    assert 'role="alert"' in attributions.table.value
+    attributions.canvas.brush = None
+    assert not attributions.hidden and "Drag" in attributions.table.value
 
 
-def test_a_real_face_has_no_score(explorer):
-    explorer.method.value = "real"
-    assert "nothing was forged" in explorer.verdict.value and explorer.text.value.count("–") == 2 and explorer.message.value == ""
+def test_filters_ask_the_judge(attributions, detectors, frames):
+    chooser = attributions.chooser
+    with torch.no_grad():
+        p = detectors["ResNet-10, B = 2"](frames.images.float() / 255).softmax(1)[:, 1].numpy()
+    chooser.judge.value, chooser.method.value = "ResNet-10, B = 2", "all frames"
+    chooser.order.value = "least sure first"
+    assert chooser.rows.tolist() == np.argsort(np.abs(p - 0.5), kind="stable").tolist()
+    chooser.verdict.value = "right"
+    assert set(chooser.rows) == set(np.flatnonzero((p > 0.5) == frames.labels.numpy()))
+    chooser.verdict.value, chooser.confidence.value = "right or wrong", (0.0, 0.0)
+    assert "No frame is left" in attributions.message.value
+    chooser.confidence.value = (0.0, 1.0)
+    assert attributions.message.value == "" and len(chooser.rows) == 5
 
 
-def test_errors_are_shown(detectors, frames):
-    explorer = ThresholdExplorer(detectors, frames, explainers=["bcos"])
-    explorer.detector.value = "ordinary"
-    assert "choose another detector" in explorer.message.value
-    explorer.detector.value = "B = 2"
-    assert explorer.message.value == "" and explorer.view is not None
+def test_saved_and_restored(attributions, tmp_path):
+    attributions.chooser.method.value, attributions.threshold.value, attributions.canvas.brush = "FaceSwap", 0.35, [4, 4, 30, 30]
+    attributions.chooser.step(1)
+    for label in ("settings", "CSV", "HTML"):
+        attributions.saving.buttons[label].click()
+    settings, scores, page = attributions.saving.written
+    wanted, row = attributions.settings(), attributions.shown.row
+    table = pd.read_csv(scores)
+    assert len(table) == 3 and set(table.threshold) == {0.35} and table.probability_hidden.between(0, 1).all() and page.stat().st_size > 20_000
+    attributions.chooser.method.value, attributions.threshold.value, attributions.canvas.brush = "Deepfakes", 0.8, None
+    attributions.choice.explainers["bcos"].value = False
+    attributions.saving.restore_from(settings.read_bytes())
+    assert attributions.settings() == wanted and attributions.shown.row == row
+    broken = json.loads(settings.read_text())
+    broken["maps"]["explainers"] = ["nonsense"]
+    attributions.saving.guarded(lambda: attributions.saving.restore_from(json.dumps(broken).encode()))
+    assert "no &#x27;nonsense&#x27;" in attributions.saving.said.value
+    attributions.saving.guarded(lambda: attributions.saving.restore_from(json.dumps({"instrument": "grids"}).encode()))
+    assert "grids" in attributions.saving.said.value
+
+
+def test_a_real_face_has_no_score(attributions):
+    attributions.chooser.method.value = "real"
+    assert attributions.shown.inside is None and attributions.score_table().weighted.isna().all() and attributions.message.value == ""
+
+
+def test_explanations_are_shared_and_kept_within_bounds(detectors, frames, tmp_path):
+    cache = ExplanationCache(max_bytes=200_000)
+    for instrument in (AttributionExplorer, ThresholdExplorer):
+        instrument(detectors, frames, ["bcos", "gradcam"], cache=cache, folder=tmp_path)
+    assert cache.computed == 3  # the second found them
+    explorer = AttributionExplorer(detectors, frames, ["bcos", "gradcam"], cache=cache, folder=tmp_path)
+    for _ in range(4):
+        explorer.chooser.step(1)
+    assert cache.bytes <= 200_000
+
+
+def test_what_cannot_be_is_refused(detectors, frames):
     with pytest.raises(ValueError, match="no detector"):
-        ThresholdExplorer({}, frames)
+        AttributionExplorer({}, frames)
     with pytest.raises(ValueError, match="no frame"):
-        ThresholdExplorer(detectors, frames[torch.zeros(4, dtype=torch.bool)])
+        ThresholdExplorer(detectors, frames[torch.zeros(5, dtype=torch.bool)])
+    with pytest.raises(ValueError, match="no explainer 'nonsense'"):
+        ThresholdExplorer(detectors, frames, ["nonsense"])
+    with pytest.raises(ValueError, match="can serve"):
+        ThresholdExplorer({"ordinary": detectors["ResNet-10, ordinary"]}, frames, ["bcos"])
+    assert list(frame_sets({"one": frames, "two": frames})) == ["one", "two"]
 
 
-def test_pictures(detectors, frames):
-    view = view_frame(detectors["B = 2"], frames, 1, "bcos")
-    assert paint(view, 0.5)[:3] == b"\xff\xd8\xff" and len(view.scores["weighted"]) == len(STEPS) == 101
-    assert np.array_equal(view.inside, (frames.masks[1, 0] == 255).numpy())
+# ---- thresholds
 
+@pytest.fixture
+def thresholds(detectors, frames, tmp_path):
+    return ThresholdExplorer(detectors, frames, ["bcos", "gradcam"], folder=tmp_path)
+
+
+def test_curves_are_the_games_scores(thresholds, detectors, frames):
+    fakes = frames[1:]
+    inside = fakes.masks[:, 0] == 255
+    maps = explain(detectors["ResNet-10, B = 2"], fakes.images.float() / 255, "bcos").maps
+    expected = localization_scores(maps, inside, STEPS) | {"specificity": specificity(maps, inside, STEPS, groups=fakes.videos)}
+    for k in range(4):
+        thresholds.chooser.go(k)
+        curves = thresholds.shown.curves[0, 0]
+        for name, values in expected.items():
+            assert np.allclose(curves[name], values[:, k], atol=1e-5), (k, name)
+    lines = {trace.yaxis: trace.y for trace in thresholds.curves.data if trace.name == "B-cos"}
+    assert np.allclose(lines["y"], expected["weighted"][:, 3], atol=1e-5) and len(thresholds.curves.data) == 8
+    table = thresholds.score_table()
+    assert set(table.weighting) == {"weighted", "unweighted", "specificity", "kept"} and len(table) == 2 * 4 * 101 and set(table.b) == {2.0}
+    shown = thresholds.canvas.content["panels"][0]
+    assert np.allclose(shown["measures"]["specificity"], expected["specificity"][:, 3], atol=1e-5)
+
+
+def test_means_with_intervals(thresholds, detectors, frames):
+    thresholds.scope.index = 1
+    fakes = frames[1:]
+    maps = explain(detectors["ResNet-10, B = 2"], fakes.images.float() / 255, "gradcam").maps
+    expected = localization_scores(maps, fakes.masks[:, 0] == 255, STEPS)["weighted"].double().mean(1)
+    own = thresholds.means.query("explainer == 'gradcam' and measure == 'weighted'").sort_values("threshold")
+    assert np.allclose(own["mean"], expected, atol=1e-5) and (own.low <= own["mean"] + 1e-9).all() and set(own.samples) == {4}
+    assert "mean of 4 frames of 4 videos" in thresholds.table.value and len(thresholds.curves.data) == 16  # with bands
+    computed = dict(thresholds.kept_means)
+    thresholds.threshold.value = 0.2
+    assert f"<b>{expected[20]:.3f}</b>" in thresholds.table.value
+    thresholds.scope.index = 0
+    thresholds.scope.index = 1
+    assert {key: id(table) for key, table in computed.items()} == {key: id(table) for key, table in thresholds.kept_means.items()}
+    thresholds.chooser.method.value = "real"
+    assert "no fake" in thresholds.message.value
+
+
+def test_heat_is_that_of_the_figures():
+    image = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    canvas = MapCanvas([[Panel(image, np.linspace(0, 1, 256).reshape(16, 16))]])
+    heat = np.frombuffer(canvas.palette["heat"], np.uint8).reshape(256, 3)
+    black = heat_overlay(np.zeros_like(image), np.ones((16, 16)))[0, 0]
+    assert np.abs(black - 0.9 * heat[255]).max() <= 1  # the browser test compares the pixels
+
+
+# ---- opening
 
 def test_runs_are_found_and_refused(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "demo" / "train" / "one"

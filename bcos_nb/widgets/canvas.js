@@ -1,0 +1,496 @@
+// A table of pictures with attribution maps. Everything arrives once in `content`; thresholds, styles, scores, hover and brush are
+// worked out here, so that no movement of a control waits for Python. Plain ES module, no build step; see nbs/widgets/canvas.ipynb.
+
+const LEVELS = 65000;  // attribution a in (0, 1] is stored as 1 + floor(a * LEVELS), 0 stays 0
+const ISO = [0.25, 0.5, 0.75];
+const valueOf = (q) => q === 0 ? 0 : Math.min((q - 0.5) / LEVELS, 1);
+const lowest = (threshold) => Math.min(Math.max(Math.ceil(threshold * LEVELS - 1e-4), 0), LEVELS) + 1;  // first stored value that is kept
+const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
+const signed = (number) => `${number < 0 ? "−" : "+"}${Math.abs(number).toPrecision(3)}`;
+const make = (tag, name, parent, text) => {
+  const element = document.createElement(tag);
+  if (name) element.className = name;
+  if (text !== undefined) element.textContent = text;
+  if (parent) parent.append(element);
+  return element;
+};
+
+function typed(view, Type) {  // a copy, because a buffer of a message need not be aligned
+  if (!view) return null;
+  const bytes = view instanceof DataView ? new Uint8Array(view.buffer, view.byteOffset, view.byteLength) : new Uint8Array(view);
+  return new Type(bytes.slice().buffer);
+}
+
+// ---- what is sent, made ready to paint and to score
+
+function readImage(image) {
+  const rgb = typed(image.rgb, Uint8Array), grey = new Float32Array(rgb.length / 3);
+  for (let i = 0, k = 0; i < grey.length; i++, k += 3) grey[i] = 0.299 * rgb[k] + 0.587 * rgb[k + 1] + 0.114 * rgb[k + 2];
+  return { width: image.width, height: image.height, rgb, grey };
+}
+
+function readMask(mask) {
+  const bits = typed(mask.bits, Uint8Array), inside = new Uint8Array(mask.width * mask.height);
+  for (let i = 0; i < inside.length; i++) inside[i] = (bits[i >> 3] >> (7 - (i & 7))) & 1;
+  return { width: mask.width, height: mask.height, inside, edge: borders((i) => inside[i], mask.width, mask.height) };
+}
+
+function readPanel(panel, images, masks) {
+  const map = typed(panel.attribution, Uint16Array), image = images[panel.image], mask = masks[panel.mask] || null;
+  const read = { ...panel, image, mask, map, contributions: typed(panel.contributions, Int16Array), rgba: typed(panel.rgba, Uint8Array), iso: {} };
+  if (map) {  // of each stored value and all above: pixels, and pixels inside the mask; with their sums, one look-up scores any threshold
+    const size = LEVELS + 3, all = new Float64Array(size), inside = new Float64Array(size);
+    for (let i = 0; i < map.length; i++) all[map[i]]++;
+    if (mask) for (let i = 0; i < map.length; i++) if (mask.inside[i]) inside[map[i]]++;
+    const allSum = new Float64Array(size), insideSum = new Float64Array(size);
+    for (let q = LEVELS + 1; q >= 0; q--) {
+      allSum[q] = allSum[q + 1] + all[q] * valueOf(q);
+      insideSum[q] = insideSum[q + 1] + inside[q] * valueOf(q);
+      all[q] += all[q + 1];
+      inside[q] += inside[q + 1];
+    }
+    Object.assign(read, { all, inside, allSum, insideSum });
+  }
+  return read;
+}
+
+function scoresOf(panel, threshold) {  // as localization_scores: nothing left scores 0; null where there is nothing to score
+  if (!panel.map) return { weighted: null, unweighted: null, kept: null };
+  const q = lowest(threshold), share = (part, whole) => whole > 0 ? part / whole : 0;
+  const kept = panel.all[q] / panel.map.length;
+  if (!panel.mask) return { weighted: null, unweighted: null, kept };
+  return { weighted: share(panel.insideSum[q], panel.allSum[q]), unweighted: share(panel.inside[q], panel.all[q]), kept };
+}
+
+function boxOf(panel, box, threshold) {  // share of what is left inside a rectangle, and of the signed contributions
+  const [x0, y0, x1, y1] = box, width = panel.image.width, from = lowest(threshold);
+  let part = 0, pieces = 0, total = 0;
+  for (let y = y0; y < y1; y++) for (let x = x0, i = y * width + x0; x < x1; x++, i++) {
+    if (panel.map && panel.map[i] >= from) part += valueOf(panel.map[i]);
+    if (panel.contributions) pieces += panel.contributions[i];
+  }
+  if (panel.contributions) for (let i = 0; i < panel.contributions.length; i++) total += panel.contributions[i];
+  const scale = panel.scale / 32767;
+  return { attribution: panel.map ? (panel.allSum[from] > 0 ? part / panel.allSum[from] : 0) : null,
+           contribution: panel.contributions ? pieces * scale : null, contributions: panel.contributions ? total * scale : null };
+}
+
+// ---- lines
+
+function borders(inside, width, height) {  // along the edges of pixels
+  const path = new Path2D();
+  for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) {
+    const i = y * width + x;
+    if (!inside(i)) continue;
+    if (y === 0 || !inside(i - width)) { path.moveTo(x, y); path.lineTo(x + 1, y); }
+    if (y === height - 1 || !inside(i + width)) { path.moveTo(x, y + 1); path.lineTo(x + 1, y + 1); }
+    if (x === 0 || !inside(i - 1)) { path.moveTo(x, y); path.lineTo(x, y + 1); }
+    if (x === width - 1 || !inside(i + 1)) { path.moveTo(x + 1, y); path.lineTo(x + 1, y + 1); }
+  }
+  return path;
+}
+
+function contour(map, width, height, level) {  // marching squares between the centres of pixels, linear between values
+  const path = new Path2D(), points = [];
+  const cross = (xa, ya, a, xb, yb, b) => {
+    if ((a >= level) === (b >= level)) return;
+    const t = (level - a) / (b - a);
+    points.push(xa + t * (xb - xa) + 0.5, ya + t * (yb - ya) + 0.5);
+  };
+  for (let y = 0; y < height - 1; y++) for (let x = 0; x < width - 1; x++) {
+    const i = y * width + x, a = map[i], b = map[i + 1], c = map[i + width + 1], d = map[i + width];
+    const above = (a >= level) + (b >= level) + (c >= level) + (d >= level);
+    if (above === 0 || above === 4) continue;
+    points.length = 0;
+    cross(x, y, a, x + 1, y, b); cross(x + 1, y, b, x + 1, y + 1, c); cross(x + 1, y + 1, c, x, y + 1, d); cross(x, y + 1, d, x, y, a);
+    for (let k = 0; k + 3 < points.length; k += 4) { path.moveTo(points[k], points[k + 1]); path.lineTo(points[k + 2], points[k + 3]); }
+  }
+  return path;
+}
+
+// ---- pictures
+
+class Brushwork {  // look-up tables for one set of colours and one opacity
+  constructor(palette) {
+    this.heat = typed(palette.heat, Uint8Array);
+    this.outline = palette.outline;
+    this.positive = palette.positive;
+    this.negative = palette.negative;
+    this.dim = palette.dim;
+    this.alpha = new Float32Array(LEVELS + 2);
+    this.entry = new Uint16Array(LEVELS + 2);
+    for (let q = 0; q < LEVELS + 2; q++) this.entry[q] = 3 * Math.floor(255 * valueOf(q) + 1e-3);
+  }
+
+  mix(opacity) {
+    if (opacity === this.opacity) return;
+    this.opacity = opacity;
+    for (let q = 0; q < LEVELS + 2; q++) this.alpha[q] = opacity * Math.sqrt(valueOf(q));
+  }
+
+  fill(panel, style, threshold, opacity, out) {  // one pixel of `out` for each of the image
+    this.mix(opacity);
+    const { rgb, grey } = panel.image, from = lowest(threshold), count = grey.length, { heat, alpha, entry, dim } = this;
+    if (style === "colour") {  // on white, as reports.figures.on_white
+      const rgba = panel.rgba, map = panel.map;
+      for (let i = 0, k = 0; i < count; i++, k += 4) {
+        const a = map && map[i] < from ? 0 : rgba[k + 3] / 255;
+        for (let c = 0; c < 3; c++) out[k + c] = rgba[k + c] * a + 255 * (1 - a);
+        out[k + 3] = 255;
+      }
+    } else if (style === "signed") {
+      const pieces = panel.contributions, strong = Math.max(panel.strong * 32767, 1);
+      for (let i = 0, k = 0; i < count; i++, k += 4) {
+        const a = opacity * Math.sqrt(Math.min(Math.abs(pieces[i]) / strong, 1)), colour = pieces[i] < 0 ? this.negative : this.positive;
+        for (let c = 0; c < 3; c++) out[k + c] = grey[i] * dim * (1 - a) + colour[c] * a;
+        out[k + 3] = 255;
+      }
+    } else if (style === "heat") {  // as reports.figures.heat_overlay
+      const map = panel.map;
+      for (let i = 0, k = 0; i < count; i++, k += 4) {
+        const q = map[i] < from ? 0 : map[i], a = alpha[q], at = entry[q], ground = grey[i] * dim * (1 - a);
+        out[k] = ground + heat[at] * a; out[k + 1] = ground + heat[at + 1] * a; out[k + 2] = ground + heat[at + 2] * a;
+        out[k + 3] = 255;
+      }
+    } else {
+      for (let i = 0, k = 0, j = 0; i < count; i++, k += 4, j += 3) {
+        out[k] = rgb[j]; out[k + 1] = rgb[j + 1]; out[k + 2] = rgb[j + 2]; out[k + 3] = 255;
+      }
+    }
+  }
+}
+
+function styleFor(panel, style) {  // what the panel has
+  if (!panel.map) return style === "colour" && panel.rgba ? style : "outline only";
+  if ((style === "colour" && !panel.rgba) || (style === "signed" && !panel.contributions)) return "heat";
+  return style;
+}
+
+function stroke(context, path, colour, width, unit, dash = []) {
+  context.setLineDash(dash.map((length) => length * unit));
+  context.strokeStyle = "rgba(0, 0, 0, 0.55)";
+  context.lineWidth = (width + 1.6) * unit;
+  context.stroke(path);
+  context.strokeStyle = colour;
+  context.lineWidth = width * unit;
+  context.stroke(path);
+  context.setLineDash([]);
+}
+
+function drawLines(context, panel, state, brushwork, size) {  // over the picture, in its pixels
+  const unit = panel.image.width / size, { style, threshold } = state, shown = styleFor(panel, style);
+  context.lineJoin = "round";
+  if (shown === "contours") {
+    ISO.forEach((level) => {
+      if (!panel.iso[level]) panel.iso[level] = contour(panel.map, panel.image.width, panel.image.height, level * LEVELS + 1);
+      const at = 3 * Math.round(255 * (0.35 + 0.6 * level)), heat = brushwork.heat;
+      stroke(context, panel.iso[level], `rgb(${heat[at]}, ${heat[at + 1]}, ${heat[at + 2]})`, 1, unit);
+    });
+  }
+  if (shown === "contours" || shown === "signed") {
+    stroke(context, contour(panel.map, panel.image.width, panel.image.height, lowest(threshold) - 0.5), "#ffffff", 1.6, unit);
+  }
+  for (const box of panel.boxes || []) {
+    const path = new Path2D();
+    path.rect(box.x + unit, box.y + unit, box.width - 2 * unit, box.height - 2 * unit);
+    stroke(context, path, box.colour || brushwork.outline, box.line || 2, unit, box.dash || []);
+  }
+  if (state.outline && panel.mask) stroke(context, panel.mask.edge, brushwork.outline, 1.4, unit);
+  if (state.brush) {
+    const [x0, y0, x1, y1] = state.brush, path = new Path2D();
+    path.rect(x0, y0, x1 - x0, y1 - y0);
+    stroke(context, path, "#ffffff", 1.4, unit, [4, 3]);
+  }
+}
+
+// ---- the widget
+
+const density = () => Math.max(window.devicePixelRatio || 1, 1);
+
+function render({ model, el }) {
+  const root = make("div", "bcos-canvas", el);
+  root.tabIndex = 0;
+  root.dataset.lmSuppressShortcuts = "true";  // or JupyterLab takes the arrow keys
+  root.setAttribute("role", "group");
+  const table = make("div", "bcos-table", root), gone = new AbortController(), listen = { signal: gone.signal };
+  const state = () => ({ threshold: model.get("threshold"), style: model.get("style"), opacity: model.get("opacity"),
+                         outline: model.get("outline"),
+                         brush: dragged && dragged.box ? dragged.box : model.get("brush") });  // what is being dragged stays here until it is let go
+  let brushwork = new Brushwork(model.get("palette")), panels = [], waiting = 0, dragged = null, stopped = false;
+
+  const later = {};  // what Python hears of, at most every 80 ms
+  function tell(name, value) {
+    later[name] = later[name] || {};
+    later[name].value = value;
+    if (later[name].timer) return;
+    later[name].timer = setTimeout(() => {
+      later[name].timer = 0;
+      if (stopped) return;
+      model.set(name, later[name].value);
+      model.save_changes();
+    }, 80);
+  }
+
+  function read() {
+    const content = model.get("content") || {}, side = model.get("side");
+    const images = (content.images || []).map(readImage), masks = (content.masks || []).map(readMask);
+    const columns = content.columns || [], rows = content.rows || [];
+    const lead = rows.some((name) => name) ? 1 : 0, width = Math.max(columns.length, 1, ...(content.panels || []).map((one) => one.column + 1));
+    table.replaceChildren();
+    root.classList.toggle("bcos-plain", model.get("plain"));
+    table.style.gridTemplateColumns = `${lead ? "minmax(40px, max-content) " : ""}repeat(${width}, minmax(0, ${side}px))`;
+    root.setAttribute("aria-label", model.get("description"));
+    const place = (element, row, column) => { element.style.gridRow = row + 1; element.style.gridColumn = column + 1; };
+    columns.forEach((name, c) => place(make("div", "bcos-column", table, name), 0, c + lead));
+    rows.forEach((name, r) => { if (lead) place(make("div", "bcos-row", table, name), r + 1, 0); });
+    panels = (content.panels || []).map((one, index) => {
+      const figure = make("figure", "bcos-panel", table);
+      place(figure, one.row + 1, one.column + lead);
+      if (one.title) make("figcaption", "bcos-title", figure, one.title);
+      if (one.words) {
+        make("div", "bcos-words", figure, one.words);
+        return { ...one, figure, index };
+      }
+      const panel = readPanel(one, images, masks), { width: w, height: h } = panel.image;
+      const stage = make("div", "bcos-stage", figure), canvas = make("canvas", "bcos-picture", stage), lines = make("canvas", "bcos-lines", stage);
+      canvas.width = w;  // the picture pixel by pixel, which the page enlarges; lines above it as fine as the screen
+      canvas.height = h;
+      canvas.classList.toggle("bcos-enlarged", w <= side);  // an enlarged pixel stays one pixel: it was scored as one
+      lines.width = Math.round(side * density());
+      lines.height = Math.round(lines.width * h / w);
+      canvas.setAttribute("role", "img");
+      lines.setAttribute("aria-hidden", "true");
+      Object.assign(panel, { figure, index, stage, canvas, lines, data: new ImageData(w, h), label: make("div", "bcos-label", stage), score: make("div", "bcos-score", figure),
+                             inBox: make("div", "bcos-box", figure) });
+      if (one.note) make("div", "bcos-note", figure, one.note);
+      if (panel.map && panel.mask) {
+        for (const name of ["weighted", "unweighted"]) {
+          const part = make("span", `bcos-${name}`, panel.score, `${name} `);
+          panel[`${name}Text`] = make("b", "", part);
+        }
+      }
+      panel.measureTexts = Object.keys(panel.measures || {}).map((name) => [name, make("b", "", make("span", `bcos-${name}`, panel.score, `${name} `))]);
+      if (panel.map && !model.get("plain")) panel.keptText = make("span", "bcos-kept", panel.score);
+      watch(panel);
+      return panel;
+    });
+    paint();
+  }
+
+  function paint() {
+    waiting = 0;
+    if (stopped) return;
+    const now = state(), told = [];
+    for (const panel of panels) {
+      if (!panel.canvas) { told.push({}); continue; }
+      picture(panel, now);
+      const scores = scoresOf(panel, now.threshold), box = now.brush && fits(panel, now.brush) ? boxOf(panel, now.brush, now.threshold) : null;
+      if (panel.weightedText) {
+        panel.weightedText.textContent = scores.weighted.toFixed(3);
+        panel.unweightedText.textContent = scores.unweighted.toFixed(3);
+      }
+      const at = Math.round(now.threshold * 100);  // measures come with 101 values each
+      for (const [name, text] of panel.measureTexts) text.textContent = panel.measures[name][at].toFixed(3);
+      if (panel.keptText) panel.keptText.textContent = `${percent(scores.kept)} kept`;
+      panel.inBox.textContent = !box ? "" : (box.attribution === null ? "" : `box: ${percent(box.attribution)} of the attribution`)
+        + (box.contribution === null ? "" : `, ${signed(box.contribution)} of ${signed(box.contributions)}`);
+      panel.canvas.setAttribute("aria-label", [panel.label_text || panel.title || "picture", panel.note,
+        scores.kept === null ? "" : `threshold ${now.threshold.toFixed(2)}, ${percent(scores.kept)} of the pixels kept`,
+        scores.weighted === null ? "" : `weighted score ${scores.weighted.toFixed(3)}, unweighted ${scores.unweighted.toFixed(3)}`].filter(Boolean).join("; "));
+      panel.figure.classList.toggle("bcos-selected", model.get("selected") === panel.index);
+      told.push({ ...scores, box: box && box.attribution });
+    }
+    tell("scores", told);
+    mark(now.threshold);
+  }
+
+  function mark(threshold, again = 10) {  // a line at the threshold over every plot of the named figure, whose x axis is [0, 1]
+    const name = model.get("marks");
+    if (!name) return;
+    let missing = true;
+    for (const figure of document.querySelectorAll(`.${name} .svg-container`)) {
+      const ground = figure.getBoundingClientRect(), places = figure.querySelectorAll(".nsewdrag");
+      let lines = figure.querySelectorAll(":scope > .bcos-mark");
+      if (lines.length !== places.length) {
+        lines.forEach((line) => line.remove());
+        lines = [...places].map(() => make("div", "bcos-mark", figure));
+      }
+      places.forEach((place, k) => {
+        const box = place.getBoundingClientRect();
+        Object.assign(lines[k].style, { left: `${box.left - ground.left + threshold * box.width}px`, top: `${box.top - ground.top}px`, height: `${box.height}px` });
+        lines[k].dataset.threshold = threshold.toFixed(2);
+        missing = missing && box.width === 0;
+      });
+    }
+    if (missing && again > 0) setTimeout(() => { if (!stopped) mark(model.get("threshold"), again - 1); }, 300);  // the figure is drawn a little later
+  }
+  const repaint = () => { if (!waiting) waiting = requestAnimationFrame(paint); };
+
+  function picture(panel, now) {
+    const shown = styleFor(panel, now.style), key = `${shown} ${now.opacity} ${shown === "heat" || shown === "colour" ? lowest(now.threshold) : ""}`;
+    if (panel.filled !== key) {
+      brushwork.fill(panel, shown, now.threshold, now.opacity, panel.data.data);
+      panel.canvas.getContext("2d", { willReadFrequently: true }).putImageData(panel.data, 0, 0);
+      panel.filled = key;
+    }
+    const drawn = `${shown} ${now.outline} ${now.brush} ${shown === "contours" || shown === "signed" ? lowest(now.threshold) : ""}`;
+    if (panel.drawn === drawn) return;
+    panel.drawn = drawn;
+    const context = panel.lines.getContext("2d"), { width, height } = panel.lines;
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.clearRect(0, 0, width, height);
+    context.setTransform(width / panel.image.width, 0, 0, height / panel.image.height, 0, 0);
+    drawLines(context, panel, now, brushwork, width / density());
+  }
+
+  const fits = (panel, box) => box[0] >= 0 && box[1] >= 0 && box[2] <= panel.image.width && box[3] <= panel.image.height;
+
+  function watch(panel) {
+    const at = (event, whole) => {
+      const box = panel.canvas.getBoundingClientRect(), { width, height } = panel.image;
+      const x = (event.clientX - box.left) / box.width * width, y = (event.clientY - box.top) / box.height * height;
+      return whole ? [Math.min(Math.max(Math.floor(x), 0), width - 1), Math.min(Math.max(Math.floor(y), 0), height - 1)]
+        : [Math.min(Math.max(x, 0), width), Math.min(Math.max(y, 0), height)];
+    };
+    const stretch = (event) => {
+      if (!dragged || dragged.panel !== panel) return;
+      const [a, b] = at(event), [c, d] = dragged.start;
+      if (Math.abs(a - c) < 1 && Math.abs(b - d) < 1) return;
+      dragged.box = [Math.floor(Math.min(a, c)), Math.floor(Math.min(b, d)), Math.ceil(Math.max(a, c)), Math.ceil(Math.max(b, d))];
+      repaint();
+    };
+    if (model.get("plain")) {
+      panel.stage.addEventListener("pointerdown", (event) => {
+        if (event.button !== 0) return;
+        event.preventDefault();
+        root.focus({ preventScroll: true });
+        model.set("selected", panel.index);
+        model.save_changes();
+      }, listen);
+      return;
+    }
+    panel.stage.addEventListener("pointermove", (event) => {
+      const [x, y] = at(event, true);
+      hover(x, y, panel);
+      stretch(event);
+    }, listen);
+    panel.stage.addEventListener("pointerleave", () => { if (!dragged) hover(null); }, listen);
+    panel.stage.addEventListener("pointerdown", (event) => {
+      if (event.button !== 0) return;
+      event.preventDefault();  // no text is selected; the focus is taken by hand
+      root.focus({ preventScroll: true });
+      panel.stage.setPointerCapture(event.pointerId);
+      dragged = { panel, start: at(event), box: null };
+      model.set("selected", panel.index);
+    }, listen);
+    const end = (event) => {
+      if (!dragged) return;
+      stretch(event);  // a busy page hears of the last movement only now
+      const { box } = dragged;
+      dragged = null;
+      model.set("brush", box);
+      model.save_changes();
+    };
+    panel.stage.addEventListener("pointerup", end, listen);
+    panel.stage.addEventListener("pointercancel", end, listen);
+  }
+
+  function hover(x, y, over) {
+    const told = x === null ? {} : { x, y, panel: over.index, attribution: [], contribution: [] };
+    for (const panel of panels) {
+      const there = panel.canvas && x !== null && panel.image.width === over.image.width && panel.image.height === over.image.height;
+      const i = there ? y * panel.image.width + x : 0;
+      const attribution = there && panel.map ? valueOf(panel.map[i]) : null;
+      const contribution = there && panel.contributions ? panel.contributions[i] * panel.scale / 32767 : null;
+      if (panel.label) {
+        panel.label.style.display = there ? "block" : "none";
+        panel.label.textContent = !there ? "" : `${x}, ${y}` + (attribution === null ? "" : ` · attribution ${attribution.toFixed(3)}`)
+          + (contribution === null ? "" : ` · contribution ${signed(contribution)}`);
+        panel.label.classList.toggle("bcos-low", there && y < panel.image.height * 0.8);
+      }
+      if (x !== null) { told.attribution.push(attribution); told.contribution.push(contribution); }
+    }
+    tell("hover", told);
+  }
+
+  root.addEventListener("keydown", (event) => {
+    if (event.altKey || event.ctrlKey || event.metaKey) return;
+    const sideways = { ArrowLeft: -1, ArrowRight: 1 }[event.key], upwards = { ArrowDown: -1, ArrowUp: 1 }[event.key];
+    const set = (threshold) => { model.set("threshold", Math.round(Math.min(Math.max(threshold, 0), 1) * 1000) / 1000); model.save_changes(); };
+    if (sideways && model.get("arrows") === "frames") model.send({ event: "step", by: sideways });
+    else if (model.get("plain")) return;
+    else if (sideways || upwards) set(model.get("threshold") + (sideways || upwards) * (event.shiftKey ? 0.1 : 0.01));
+    else if (event.key === "Home" || event.key === "End") set(event.key === "End" ? 1 : 0);
+    else if (event.key === "Escape") { model.set("brush", null); model.save_changes(); }
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  }, listen);
+
+  function whole() {  // everything that is shown, as one picture with its words
+    const ground = getComputedStyle(root), frame = table.getBoundingClientRect(), density = 2, pad = 12;
+    const sheet = document.createElement("canvas"), context = sheet.getContext("2d");
+    sheet.width = Math.ceil(frame.width + 2 * pad) * density;
+    sheet.height = Math.ceil(frame.height + 2 * pad) * density;
+    context.scale(density, density);
+    context.fillStyle = ground.getPropertyValue("--bcos-ground").trim() || "#ffffff";
+    context.fillRect(0, 0, sheet.width, sheet.height);
+    for (const panel of panels) {
+      if (!panel.canvas) continue;
+      const box = panel.canvas.getBoundingClientRect();
+      context.imageSmoothingEnabled = box.width < panel.image.width;
+      for (const layer of [panel.canvas, panel.lines]) context.drawImage(layer, box.left - frame.left + pad, box.top - frame.top + pad, box.width, box.height);
+    }
+    const walker = document.createTreeWalker(table, NodeFilter.SHOW_TEXT);
+    for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+      const style = getComputedStyle(node.parentElement);
+      if (style.display === "none" || node.parentElement.classList.contains("bcos-label")) continue;
+      context.font = `${style.fontWeight} ${style.fontSize} ${style.fontFamily}`;
+      context.fillStyle = style.color;
+      context.textBaseline = "middle";
+      const range = document.createRange();
+      let from = 0;  // a text may run over several lines
+      for (let to = 1; to <= node.length; to++) {
+        range.setStart(node, to - 1); range.setEnd(node, to);
+        const here = range.getBoundingClientRect();
+        range.setStart(node, to < node.length ? to : to - 1); range.setEnd(node, Math.min(to + 1, node.length));
+        const next = range.getBoundingClientRect();
+        if (to < node.length && next.top < here.bottom - 2) continue;
+        range.setStart(node, from); range.setEnd(node, to);
+        const line = range.getBoundingClientRect();
+        context.fillText(node.data.slice(from, to), line.left - frame.left + pad, (line.top + line.bottom) / 2 - frame.top + pad);
+        from = to;
+      }
+    }
+    return sheet;
+  }
+
+  const hear = (message) => {
+    if (message.do === "focus") root.focus();
+    if (message.do !== "picture") return;
+    paint();
+    whole().toBlob(async (blob) => model.send({ event: "picture", number: message.number }, undefined, [await blob.arrayBuffer()]), "image/png");
+  };
+  const play = () => {  // from the threshold to 1, then from 0 again
+    clearInterval(state.player);
+    if (!model.get("playing")) return;
+    state.player = setInterval(() => {
+      const next = Math.round(100 * model.get("threshold")) + 1;
+      model.set("threshold", next > 100 ? 0 : next / 100);
+      model.save_changes();
+    }, 60);
+  };
+  const colours = () => { brushwork = new Brushwork(model.get("palette")); panels.forEach((panel) => { panel.filled = panel.drawn = null; }); repaint(); };
+  const watched = { "change:content": read, "change:side": read, "change:palette": colours, "change:playing": play, "msg:custom": hear };
+  for (const name of ["threshold", "opacity", "style", "outline", "brush", "selected"]) watched[`change:${name}`] = repaint;
+  for (const [name, action] of Object.entries(watched)) model.on(name, action);
+  read();
+  return () => {
+    stopped = true;
+    clearInterval(state.player);
+    gone.abort();
+    for (const [name, action] of Object.entries(watched)) model.off(name, action);
+  };
+}
+
+export default { render };
