@@ -235,7 +235,7 @@ def test_complete_runs_give_the_pace_and_take_no_time(tmp_path, monkeypatch):
         job.run_dir.mkdir(parents=True)
         write_json(job.run_dir / "metrics.json", {})
     monkeypatch.setattr(plans, "seconds_of", lambda folder: 5000.0)
-    plan = plan_grid(jobs, measured_pace(jobs), 2, "slot")
+    plan = plan_grid(jobs, measured_pace(jobs), 2)
     assert plan.complete == 2 and plan.table["run"].tolist() == [jobs[2].label] and plan.seconds == pytest.approx(5000)
     assert "2 complete runs" in plan.notes()[0] and "2 more are complete already" in str(plan)
 

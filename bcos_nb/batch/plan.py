@@ -248,7 +248,7 @@ def grid_work(jobs: Sequence[Job]) -> list[Work]:
     trainings = {job.run_dir.resolve(): job for job in jobs if job.notebook.stem == "train"}
     return [work_of(job, trainings) for job in jobs]
 
-# %% ../../nbs/batch/plan.ipynb #73d5b4a5
+# %% ../../nbs/batch/plan.ipynb #74769d83
 START = 12.0     # seconds until a kernel has imported torch and read its parameters; about what runs of the grid mini took on 2 cores
 DECODING = 700.0 # frames a second and core: data/bench, PNG of 256 px
 
@@ -260,6 +260,7 @@ class Pace:
     said: str                                # what that rests on, a sentence
     decoding: float = DECODING               # frames a second
     start: float = START                     # seconds that each run takes besides
+    unit: str = "slot"                       # what does one run at a time: GPU, or slot (a share of the processor)
     guessed: set[tuple] = field(default_factory=set)  # what had no rate of its own
 
     def seconds(self, work: Work) -> float:
@@ -291,7 +292,7 @@ def stated_pace(
         raise ValueError(f"--tflops {tflops}: a number above 0 was expected, such as 10.")
     said = (f"Assumed, not measured: that a GPU sustains {tflops:g} TFLOP/s on these networks, decodes {DECODING * 4:.0f} frames a second, and needs {START:.0f} s to start a run. "
             "A GPU's printed peak is several times what such networks reach; half the number doubles every time below.")
-    return Pace({(None, None, None): tflops * 1e12}, said, DECODING * 4)
+    return Pace({(None, None, None): tflops * 1e12}, said, DECODING * 4, unit="GPU")
 
 
 def rates_of(
@@ -362,7 +363,7 @@ def calibrate(
         tell(f"{arch}, {'B-cos' if bcos else 'ordinary'}, {side} px: {batch / training:.3g} images a second in training, {batch / looking:.3g} forward, {batch / explaining_:.3g} explained")
     decoding, how = time_decoding(jobs)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} processor threads"
-    return Pace(with_means(rates), f"Calibrated on this machine ({machine}, batches of {batch}): a few steps of each network, {how}. A slot is what these steps ran on.", decoding)
+    return Pace(with_means(rates), f"Calibrated on this machine ({machine}, batches of {batch}): a few steps of each network, {how}. A slot is what these steps ran on.", decoding, unit="GPU" if device.type == "cuda" else "slot")
 
 
 def timed(work, seconds: float) -> float:  # seconds of one call, the fastest
@@ -428,17 +429,21 @@ def bench_pace() -> Pace:
         raise ValueError(f"data/bench/runs.csv holds no run whose work could be counted here. {remedy}")
     return Pace(rates_of(done), f"From data/bench/runs.csv: {len(done)} runs, on the machine that data/README.md names. {remedy}")
 
-# %% ../../nbs/batch/plan.ipynb #528c373f
+# %% ../../nbs/batch/plan.ipynb #218d7734
 @dataclass
 class Plan:
     """A grid's runs in time."""
     table: "pandas.DataFrame"  # run, experiment, arch, b, slot, start, end (seconds), seconds, flops, bytes, and what these are
     slots: int
-    unit: str                  # what a slot is: GPU, or share of the processor
     least: float               # seconds that no schedule goes below
     complete: int              # runs that need nothing
     pace: Pace
     counted: bool              # whether all datasets were counted
+
+    @property
+    def unit(self) -> str:
+        """What does one run at a time: GPU or slot."""
+        return self.pace.unit
 
     @property
     def seconds(self) -> float:
@@ -474,7 +479,6 @@ def plan_grid(
     jobs: Sequence[Job],   # of a grid, complete ones among them
     pace: Pace,
     slots: int,            # runs at once
-    unit: str = "GPU",
 ) -> Plan:
     """When each run that is not complete would start and end."""
     import pandas as pd
@@ -490,7 +494,7 @@ def plan_grid(
         for (job, work), (slot, start, end) in zip(todo, simulate(seconds, after, slots))
     ]
     columns = ["run", "experiment", "arch", "b", "slot", "start", "end", "seconds", "flops", "bytes"]
-    return Plan(pd.DataFrame(rows, columns=None if rows else columns), slots, unit, shortest(seconds, after, slots), len(jobs) - len(todo), pace, all(work.counted for work in works))
+    return Plan(pd.DataFrame(rows, columns=None if rows else columns), slots, shortest(seconds, after, slots), len(jobs) - len(todo), pace, all(work.counted for work in works))
 
 
 def long_clock(seconds: float) -> str:  # such as 3.2 days, 7.5 hours, 12:40
