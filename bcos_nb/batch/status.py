@@ -146,7 +146,7 @@ def record_runs(
     with Path(path).open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["experiment", "seconds", "params"])
-        table.writerows([one.experiment, round(one.seconds), json.dumps({key: value for key, value in one.params.items() if key not in NO_MATTER and value is not None})] for one in rows)
+        table.writerows([one.experiment, round(one.seconds), json.dumps(one.params)] for one in rows)
     return len(rows)
 
 
