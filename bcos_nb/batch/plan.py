@@ -74,7 +74,7 @@ def shortest(
 
     return max(sum(seconds) / slots, max((length(run) for run in range(len(seconds))), default=0.0))
 
-# %% ../../nbs/batch/plan.ipynb #88b591f0
+# %% ../../nbs/batch/plan.ipynb #8e84dad4
 @lru_cache(maxsize=None)
 def count_network(
     arch: str,
@@ -90,11 +90,17 @@ def count_network(
 
     from bcos_nb.models import create_detector
 
-    with FakeTensorMode():
-        detector = create_detector(arch, b=b, width=width, image_size=side, **json.loads(options)).eval()
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter:
-            detector(torch.rand(1, 3, side, side))
+    for without_content in (FakeTensorMode, nullcontext):  # some networks look at numbers while they are made
+        try:
+            with without_content():
+                detector = create_detector(arch, b=b, width=width, image_size=side, **json.loads(options)).eval()
+                counter = FlopCounterMode(display=False)
+                with torch.no_grad(), counter:
+                    detector(torch.rand(1, 3, side, side))
+            break
+        except RuntimeError:
+            if without_content is nullcontext:
+                raise
     return float(counter.get_total_flops()), sum(parameter.numel() for parameter in detector.parameters())
 
 
@@ -522,7 +528,7 @@ def by_experiment(plan: Plan) -> "pandas.DataFrame":  # a row for each experimen
              **{f"{kind}, MB": some[kind].sum() / 1e6 for kind in kinds}} for name, some in groups]
     return pd.DataFrame(rows).set_index("experiment")
 
-# %% ../../nbs/batch/plan.ipynb #da246b8f
+# %% ../../nbs/batch/plan.ipynb #62c7b0f1
 EXPERIMENT_COLOURS = {"train": "#0072b2", "search": "#cc79a7", "mask_game": "#009e73", "grid_game": "#e69f00", "detect": "#56b4e9"}  # Okabe and Ito's
 
 
@@ -540,11 +546,12 @@ def gantt(
             y=some["slot"] + 1, x=some["seconds"] / hour, base=some["start"] / hour, orientation="h", name=experiment.replace("_", " "), hovertext=hover, hoverinfo="text",
             marker={"color": EXPERIMENT_COLOURS.get(experiment, "#999999"), "line": {"color": "white", "width": 0.6}}, width=0.86,
         )
-    figure.add_vline(x=plan.least / hour, line={"color": "#555555", "dash": "dot", "width": 1}, annotation_text="no order could be faster", annotation_position="top left", annotation_font_size=10)
+    figure.add_vline(x=plan.least / hour, line={"color": "#555555", "dash": "dot", "width": 1})
+    figure.add_annotation(x=plan.least / hour, y=1, yref="paper", yanchor="bottom", xanchor="right", text="no order could be faster", showarrow=False, font={"size": 11, "color": "#555555"})
     figure.update_layout(
-        barmode="overlay", template="plotly_white", height=150 + min(760, max(60, 26 * plan.slots)), width=900, margin={"l": 60, "r": 20, "t": 70, "b": 50},
-        title={"text": title or f"{len(plan.table)} runs on {plan.slots} {plan.unit}{'s' * (plan.slots > 1)}: {long_clock(plan.seconds)}", "font": {"size": 14}, "y": 0.97},
-        xaxis={"title": "hours" if hour == 3600 else "minutes", "rangemode": "tozero"}, legend={"orientation": "h", "y": -0.02, "yanchor": "top", "x": 1, "xanchor": "right"},
+        barmode="overlay", template="plotly_white", height=160 + min(760, max(60, 26 * plan.slots)), width=900, margin={"l": 60, "r": 20, "t": 80, "b": 50},
+        title={"text": title or f"{len(plan.table)} runs on {plan.slots} {plan.unit}{'s' * (plan.slots > 1)}: {long_clock(plan.seconds)}", "font": {"size": 14}, "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 14}},
+        xaxis={"title": "hours" if hour == 3600 else "minutes", "rangemode": "tozero"}, legend={"orientation": "h", "yref": "container", "y": 1, "yanchor": "top", "x": 1, "xanchor": "right"},
         yaxis={"title": plan.unit, "autorange": "reversed", "tick0": 1, "dtick": 1 if plan.slots <= 16 else 8},
     )
     return figure
