@@ -531,7 +531,7 @@ def take_away(
     aside.unlink(missing_ok=True)
     return holder
 
-# %% ../../nbs/batch/cluster.ipynb #407c7e1e
+# %% ../../nbs/batch/cluster.ipynb #069bc503
 SLURM = {  # key: type, whether it must be there, what it is
     "queue": (str, True, "partition, such as gpu_4"),
     "jobs": (int, True, "how many jobs at most"),
@@ -609,7 +609,7 @@ def open_cluster(
     target: str,                              # tcp://host:port of a scheduler, a scheduler file (.json), or a YAML for Slurm
     folder: str | os.PathLike | None = None,  # the runs', which every worker must see
     tell: Callable[[str], None] | None = None,
-    seconds: float | None = None,             # how long to wait for a first worker; None: a minute, or with Slurm as long as its queue
+    seconds: float | None = None,             # how long to wait for a first worker; None: five minutes, or with Slurm as long as its queue
 ) -> ClusterExecutor:                         # with at least one slot
     """Connects to a cluster, or asks Slurm for one."""
     target, tell = str(target), tell or (lambda text: None)
@@ -636,11 +636,11 @@ def open_cluster(
             client = Client(**({"scheduler_file": target} if target.endswith(".json") else {"address": target}), timeout=15, set_as_default=False)
         except (OSError, TimeoutError, ValueError) as error:
             raise ConnectionError(f"No Dask scheduler answers at {target} ({type(error).__name__}). Start one (dask scheduler) and its workers, or give a YAML for Slurm.") from None
-        executor, seconds = ClusterExecutor(client, folder=folder, tell=tell), seconds or 60.0
+        executor, seconds = ClusterExecutor(client, folder=folder, tell=tell), seconds or 300.0
     else:
         raise ValueError(f"The cluster {target!r} is neither the address of a Dask scheduler (tcp://host:8786), nor its file (.json), nor a YAML for Slurm.")
     try:
-        executor.wait_for_workers(seconds)
+        executor.wait_for_workers(seconds)  # with a file system that is slow, a worker takes minutes to import what it needs
     except BaseException:
         executor.shutdown(cancel_futures=True)
         raise
