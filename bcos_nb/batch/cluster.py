@@ -249,7 +249,7 @@ def slots_of(
         raise ValueError(f"{who} has {declared['nthreads']} threads and declares no resources, so it is not clear how many runs it can do at once. {START.format(address=address, resource=resource)}")
     return None, 1
 
-# %% ../../nbs/batch/cluster.ipynb #38200464
+# %% ../../nbs/batch/cluster.ipynb #21433215
 class Worker:
     """A worker as the grid sees it."""
 
@@ -380,12 +380,19 @@ class ClusterExecutor(Executor):
     # What the thread does
 
     def _serve(self) -> None:
+        missed = 0
         try:
             while not self.ended:
                 self.wake.wait(0.2)
                 self.wake.clear()
                 if time.monotonic() - self.looked > 1.0:
-                    self._look()
+                    try:
+                        self._look()
+                        missed = 0
+                    except OSError:  # a scheduler that is slow to answer has not ended
+                        missed += 1
+                        if self.client.status != "running" or missed > 5:
+                            raise
                 with self.guard:
                     if not self.ended:
                         self._collect()
@@ -510,7 +517,7 @@ class ClusterExecutor(Executor):
         sharing = [other.slots for other in self.workers.values() if all(other.told[key] == worker.told[key] for key in same)]
         return max(1, worker.told["cores"] // max(1, sum(sharing)))
 
-# %% ../../nbs/batch/cluster.ipynb #33242c6c
+# %% ../../nbs/batch/cluster.ipynb #5f53c4b3
 def take_away(
     lock: Path,    # a run's lock
     ticket: str,   # of the attempt that is lost
@@ -526,8 +533,11 @@ def take_away(
         return None
     moved = read_json(aside)
     if moved and moved.get("worker") != ticket:  # it changed hands between the two looks
-        os.link(aside, lock)
         holder = None
+        try:
+            os.link(aside, lock)
+        except FileExistsError:
+            pass
     aside.unlink(missing_ok=True)
     return holder
 
