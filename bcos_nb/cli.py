@@ -282,7 +282,9 @@ def show_plan(planned: list, runs: Path, jobs: int | None) -> None:
         note = {"done": f"took {clock(state.seconds)}" if state.seconds else "", "failed": state.text, "running": f"{state.text or 'starting'} (process {state.pid} on {state.host})",
                 "stale": f"left by process {state.pid} on {state.host}, which is dead"}.get(state.kind, about)
         tell(f"{'complete' if state.kind == 'done' else 'left' if state.kind == 'stale' else state.kind:<9} {job.label}  {note}".rstrip())
-    tell(f"{summary(planned, states, outlook(planned, states, known, slots))}; {slots} at once. Nothing was started.", "bold")
+    left = outlook(planned, states, known, slots)
+    hint = " bcos-nb plan works times out from throughput, also for what was never run." if left.sources[""] else ""
+    tell(f"{summary(planned, states, left)}; {slots} at once. Nothing was started.{hint}", "bold")
 
 
 @contextmanager

@@ -127,3 +127,11 @@ def test_exclusions_take_what_needs_them_along():
         preset_jobs(preset | {"exclude": [{"bb": 2}]}, "runs")
     with pytest.raises(ValueError, match="nothing is left"):
         preset_jobs(preset | {"exclude": [{"experiment": "train"}]}, "runs")
+
+
+@pytest.mark.parametrize("experiments", [("detect",), ("mask_game", "grid_game"), ("train",), ("search",)])
+@pytest.mark.parametrize("name", ["demo", "mini", "study"])
+def test_a_part_of_a_grid_is_a_part_of_the_whole(name, experiments):
+    grid = load_preset(name)
+    whole, part = ({job.run_dir for job in preset_jobs(grid, "runs", experiments=asked)} for asked in (None, experiments))
+    assert part <= whole and bool(part) == (experiments != ("search",) or "search" in grid)

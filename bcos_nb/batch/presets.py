@@ -163,6 +163,7 @@ def without(
     jobs: Sequence[Job],
     exclude: Sequence[Mapping[str, Any]] | None,  # rules
     origin: str,                                  # who says so, for messages
+    whole: bool = True,                           # whether jobs are the whole grid, so that each rule has to fit something
 ) -> list[Job]:                                   # the others
     """Leaves out the runs that fit a rule, and those that need them. Raises ValueError for a rule that fits none."""
     gone: set[Path] = set()
@@ -170,10 +171,10 @@ def without(
         if not isinstance(rule, Mapping) or not rule:
             raise ValueError(f"{origin}, exclude: {rule!r} is no rule. Write one such as {{arch: xception, b: [1.25, 2]}} or {{experiment: grid_game}}.")
         unknown = [key for key in rule if all(value_of(job, key) is UNSET for job in jobs)]
-        if unknown:
+        if unknown and whole:
             raise ValueError(f"{origin}, exclude: no run has a parameter {', '.join(unknown)}. Name experiment, arch, b or another parameter of a notebook.")
         found = {job.run_dir for job in jobs if fits(job, rule)}
-        if not found:
+        if not found and whole:
             raise ValueError(f"{origin}, exclude: {dict(rule)} fits no run of the grid, so it excludes nothing. There is {there_is(jobs)}.")
         gone |= found
     while more := {job.run_dir for job in jobs if job.run_dir not in gone and gone & set(job.after)}:
@@ -279,7 +280,7 @@ def preset_jobs(
     for job in trainings + evaluations:
         job.label = job.run_dir.relative_to(runs.resolve()).as_posix()
     searches = search_jobs(preset, runs, data) if "search" in asked else []
-    return without(once(trainings) + once(evaluations) + searches, preset.get("exclude"), f"the preset {preset['name']}")
+    return without(once(trainings) + once(evaluations) + searches, preset.get("exclude"), f"the preset {preset['name']}", whole=experiments is None)
 
 
 def search_jobs(
