@@ -547,7 +547,7 @@ def by_experiment(plan: Plan) -> "pandas.DataFrame":  # a row for each experimen
              **{f"{kind}, MB": some[kind].sum() / 1e6 for kind in kinds}} for name, some in groups]
     return pd.DataFrame(rows).set_index("experiment")
 
-# %% ../../nbs/batch/plan.ipynb #62c7b0f1
+# %% ../../nbs/batch/plan.ipynb #354e0544
 EXPERIMENT_COLOURS = {"train": "#0072b2", "search": "#cc79a7", "mask_game": "#009e73", "grid_game": "#e69f00", "detect": "#56b4e9"}  # Okabe and Ito's
 
 
@@ -588,12 +588,13 @@ def write_plan(
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs = plan.table.assign(start=plan.table["start"] / 3600, end=plan.table["end"] / 3600)[["run", "slot", "start", "end"]]
+    short = lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    runs = plan.table.assign(slot=plan.table["slot"] + 1, start=plan.table["start"] / 3600, end=plan.table["end"] / 3600)[["run", "slot", "start", "end"]]
     page = "".join([
         f"<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title or 'Plan of a grid')}</title>",
         "<style>body{font:15px/1.45 system-ui,sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;font-size:13px}td,th{padding:2px 9px;text-align:right;border-bottom:1px solid #e4e4e4}th{font-weight:600}li{margin:.2em 0}</style></head><body>",
         f"<h1>{html.escape(title or 'Plan of a grid')}</h1><p><b>{html.escape(str(plan))}</b></p><ul>", *(f"<li>{html.escape(note)}</li>" for note in plan.notes()), "</ul>",
-        gantt(plan).to_html(full_html=False, include_plotlyjs=True), "<h2>By experiment</h2>", by_experiment(plan).to_html(float_format=lambda value: f"{value:,.3g}", border=0),
+        gantt(plan).to_html(full_html=False, include_plotlyjs=True), "<h2>By experiment</h2>", by_experiment(plan).to_html(float_format=short, border=0),
         "<h2>Run by run, hours</h2>", runs.to_html(float_format=lambda value: f"{value:,.2f}", border=0, index=False), "</body></html>",
     ])
     return write_text(path, page)
