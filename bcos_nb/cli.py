@@ -310,7 +310,9 @@ def show_plan(planned: list, runs: Path, jobs: int | None) -> None:
         note = {"done": f"took {clock(state.seconds)}" if state.seconds else "", "failed": state.text, "running": f"{state.text or 'starting'} (process {state.pid} on {state.host})",
                 "stale": f"left by process {state.pid} on {state.host}, which is dead"}.get(state.kind, about)
         tell(f"{'complete' if state.kind == 'done' else 'left' if state.kind == 'stale' else state.kind:<9} {job.label}  {note}".rstrip())
-    tell(f"{summary(planned, states, outlook(planned, states, known, slots))}; {slots} at once. Nothing was started.", "bold")
+    left = outlook(planned, states, known, slots)
+    hint = " bcos-nb plan works times out from throughput, also for what was never run." if left.sources[""] else ""
+    tell(f"{summary(planned, states, left)}; {slots} at once. Nothing was started.{hint}", "bold")
 
 
 @contextmanager
@@ -353,13 +355,17 @@ def run(
         show_plan(planned, runs, jobs)
         return
     from bcos_nb.batch.grid_run import run_jobs
-    from bcos_nb.batch.status import write_grid
+    from bcos_nb.batch.kernels import kernel_specs
+    from bcos_nb.batch.status import grid_states, known_runs, outlook, summary, write_grid
 
     begin, chosen = time.monotonic(), preset_of(source)
     if chosen:
         forge_missing(planned, chosen, data)
     write_grid(planned, runs)
+    states = grid_states(planned)
     with slots_on(cluster, runs, jobs) as slots:
+        left = None if cluster else outlook(planned, states, known_runs(runs), jobs or len(kernel_specs()))
+        tell(f"{summary(planned, states, left)}. How far they are: bcos-nb status {runs}")
         table = run_jobs(planned, wait_for_others=wait, retry_failed=retry_failed, time_limit=limit, **slots)
     report_failures(table, runs)
     tell(f"All {len(table)} runs in {runs} are complete; {int((table.status == 'done').sum())} of them were done now ({took(begin)}).", "green")
