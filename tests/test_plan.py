@@ -318,3 +318,15 @@ def test_runs_are_predicted_from_each_other(tmp_path, monkeypatch):
     table = plans.hindsight(jobs)
     assert table["seconds"].tolist() == [900, 1000, 1100]
     assert table["predicted"].tolist() == pytest.approx([1050, 1000, 950], rel=0.02)
+
+
+def test_a_dataset_that_a_grid_would_make_is_not_taken_for_the_real_one(tmp_path, monkeypatch):
+    """The miniature has the name of FaceForensics++, and not its size."""
+    from typer.testing import CliRunner
+
+    from bcos_nb.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["plan", "demo", "--tflops", "1"])
+    assert done.exit_code == 1 and "forge data/miniature --dataset FaceForensics++ --identities 100" in " ".join(done.output.split())
+    assert plans.bench_runs() == [], "nor do runs of it in data/bench count as such"

@@ -6,8 +6,8 @@
 __all__ = ['VIDEOS', 'PASSES', 'SEARCHED', 'DEPARTURE_STEPS', 'EXAMPLES', 'BYTES_A_ROW', 'NOTEBOOK', 'START', 'FIGURES',
            'DECODING', 'EXPERIMENT_COLOURS', 'simulate', 'shortest', 'count_network', 'network_of', 'count_frames',
            'Work', 'explaining', 'work_of', 'searched', 'trained_by', 'grid_work', 'Pace', 'with_means', 'stated_pace',
-           'rates_of', 'measured_pace', 'calibrate', 'timed', 'time_decoding', 'bench_pace', 'hindsight', 'Plan',
-           'plan_grid', 'long_clock', 'size', 'by_experiment', 'gantt', 'write_plan']
+           'rates_of', 'measured_pace', 'calibrate', 'timed', 'time_decoding', 'bench_pace', 'bench_runs', 'hindsight',
+           'Plan', 'plan_grid', 'long_clock', 'size', 'by_experiment', 'gantt', 'write_plan']
 
 # %% ../../nbs/batch/plan.ipynb #8fcac3d3
 import heapq
@@ -254,7 +254,7 @@ def grid_work(jobs: Sequence[Job]) -> list[Work]:
     trainings = {job.run_dir.resolve(): job for job in jobs if job.notebook.stem == "train"}
     return [work_of(job, trainings) for job in jobs]
 
-# %% ../../nbs/batch/plan.ipynb #20d6ad83
+# %% ../../nbs/batch/plan.ipynb #7235bcc2
 START = 12.0     # seconds until a kernel has imported torch and read its parameters; about what runs of the grid mini took on 2 cores
 FIGURES = {"detect": 28.0}  # seconds for intervals and figures, whatever the size
 DECODING = 700.0 # frames a second and core: data/bench, PNG of 256 px
@@ -410,31 +410,40 @@ def time_decoding(
 
 
 def bench_pace() -> Pace:
-    """The throughput that `data/bench` knows: of whole runs (runs.csv), else of ResNet-34 for all networks."""
+    """The throughput that `data/bench` knows: of whole runs where their dataset is here, else of ResNet-34 for all networks."""
     import pandas as pd
 
-    remedy = "For another machine give --calibrate there, or --tflops."
+    remedy, done = "For another machine give --calibrate there, or --tflops.", bench_runs()
+    if done:
+        return Pace(rates_of(done), f"From data/bench/runs.csv: {len(done)} runs on the machine that data/README.md names. {remedy}")
+    table = pd.read_csv(resource_path("data/bench/amd-epyc-2-cores.csv"))
+    forward = network_of({"arch": "resnet34", "b": None}, 224)[0]
+    steps, looks = (table[(table["room"] == room) & (table["beside"] == "reference")] for room in ("steps", "forward"))
+    row = steps.iloc[0]
+    training, looking = 3 * forward * row["batch"] / steps["ours_s"].median(), forward * row["batch"] / looks["ours_s"].median()
+    rates = {(kind, "resnet34", True): [training] for kind in ("train", "search")} | {(kind, "resnet34", True): [looking] for kind in ("detect", "mask_game", "grid_game")}
+    return Pace(with_means(rates), f"From data/bench: B-cos ResNet-34 of 224 px on {row['cores']} cores of an {row['cpu']} ({row['date']}), taken for every network. {remedy}")
+
+
+def bench_runs() -> list[tuple[Work, float]]:  # and their seconds
+    """The runs of data/bench/runs.csv whose datasets are here, so that their work can be counted."""
+    import pandas as pd
+
     try:
         table = pd.read_csv(resource_path("data/bench/runs.csv"))
     except FileNotFoundError:
-        table = pd.read_csv(resource_path("data/bench/amd-epyc-2-cores.csv"))
-        forward = network_of({"arch": "resnet34", "b": None}, 224)[0]
-        steps, looks = (table[(table["room"] == room) & (table["beside"] == "reference")] for room in ("steps", "forward"))
-        row = steps.iloc[0]
-        training, looking = 3 * forward * row["batch"] / steps["ours_s"].median(), forward * row["batch"] / looks["ours_s"].median()
-        rates = {(kind, "resnet34", True): [training] for kind in ("train", "search")} | {(kind, "resnet34", True): [looking] for kind in ("detect", "mask_game", "grid_game")}
-        return Pace(with_means(rates), f"From data/bench: B-cos ResNet-34 of 224 px on {row['cores']} cores of an {row['cpu']} ({row['date']}), taken for every network. {remedy}")
-    jobs = [Job(Path(f"{row.experiment}.ipynb"), params := json.loads(row.params), Path("/bench", row.experiment, run_name(params)), [], "") for row in table.itertuples()]
-    trainings = {job.run_dir: job for job in jobs if job.notebook.stem == "train"}
-    done = []
-    for job, seconds in zip(jobs, table["seconds"]):
+        return []
+    rows = [(row.experiment, json.loads(row.params), float(row.seconds)) for row in table.itertuples()]
+    jobs = [Job(Path(f"{experiment}.ipynb"), params, Path("/bench", experiment, run_name(params))) for experiment, params, _ in rows]
+    trainings, done = {job.run_dir: job for job in jobs if job.notebook.stem == "train"}, []
+    for job, (_, _, seconds) in zip(jobs, rows):
         try:
-            done.append((work_of(job, trainings), float(seconds)))
+            work = work_of(job, trainings)
         except ValueError:  # of a dataset that is not here, or a training that is not among them
             continue
-    if not done:
-        raise ValueError(f"data/bench/runs.csv holds no run whose work could be counted here. {remedy}")
-    return Pace(rates_of(done), f"From data/bench/runs.csv: {len(done)} runs, on the machine that data/README.md names. {remedy}")
+        if work.counted:
+            done.append((work, seconds))
+    return done
 
 # %% ../../nbs/batch/plan.ipynb #a7984f10
 def hindsight(
