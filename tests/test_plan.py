@@ -207,7 +207,7 @@ def test_a_notebook_of_ones_own_cannot_be_planned(tmp_path):
 
 
 def test_a_stated_pace_scales_times_and_nothing_else(tmp_path):
-    jobs = preset_jobs(load_preset("study"), tmp_path, experiments=["train", "detect"])
+    jobs = preset_jobs(load_preset("study"), tmp_path, experiments=["train", "mask_game"])
     one, two = (plan_grid(jobs, Pace({(None, None, None): rate * 1e12}, "", decoding=math.inf, start=0.0), 8) for rate in (5, 10))
     assert one.slot_hours == pytest.approx(2 * two.slot_hours) and one.seconds == pytest.approx(2 * two.seconds)
     assert one.table["bytes"].tolist() == two.table["bytes"].tolist()

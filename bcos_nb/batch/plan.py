@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VIDEOS', 'PASSES', 'SEARCHED', 'DEPARTURE_STEPS', 'EXAMPLES', 'BYTES_A_ROW', 'NOTEBOOK', 'START', 'FIGURES',
            'DECODING', 'EXPERIMENT_COLOURS', 'simulate', 'shortest', 'count_network', 'network_of', 'count_frames',
-           'Work', 'explaining', 'work_of', 'searched', 'trained_by', 'grid_work', 'Pace', 'with_means', 'stated_pace',
-           'rates_of', 'measured_pace', 'calibrate', 'timed', 'time_decoding', 'bench_pace', 'bench_runs', 'hindsight',
-           'Plan', 'plan_grid', 'long_clock', 'size', 'by_experiment', 'gantt', 'write_plan']
+           'count_labels', 'Work', 'explaining', 'work_of', 'searched', 'trained_by', 'grid_work', 'Pace', 'with_means',
+           'stated_pace', 'rates_of', 'measured_pace', 'calibrate', 'timed', 'time_decoding', 'bench_pace',
+           'bench_runs', 'hindsight', 'Plan', 'plan_grid', 'long_clock', 'size', 'by_experiment', 'gantt', 'write_plan']
 
 # %% ../../nbs/batch/plan.ipynb #8fcac3d3
 import heapq
@@ -113,7 +113,7 @@ def network_of(
     options = json.dumps({key: value for key, value in (params.get("arch_options") or {}).items() if not key.startswith("norm")}, sort_keys=True)
     return count_network(params["arch"], b, float(params.get("width") or 1.0), options, int(side or params["image_size"]))
 
-# %% ../../nbs/batch/plan.ipynb #21c80d09
+# %% ../../nbs/batch/plan.ipynb #07af7fe7
 VIDEOS = {  # dataset: split: real and fake videos; FFHQ's are images
     "FaceForensics++": {"train": (720, 2880), "val": (140, 560), "test": (140, 560)},  # Rössler et al. 2019
     "FaceShifter": {"test": (140, 140)},                                               # the test videos of FaceForensics++
@@ -125,7 +125,6 @@ VIDEOS = {  # dataset: split: real and fake videos; FFHQ's are images
 }
 
 
-@lru_cache(maxsize=None)
 def count_frames(
     root: str,
     dataset: str,
@@ -134,16 +133,24 @@ def count_frames(
     frames_per_video: int,
 ) -> tuple[int, int, bool]:  # real, fake, whether they were counted (or are taken from VIDEOS)
     """Frames of a split. Raises ValueError for a dataset that is neither here nor known."""
-    from bcos_nb.data import read_catalog
-
     try:
-        label = read_catalog(find_path(root), dataset, split, compression, frames_per_video=frames_per_video)["label"]
-        return int((label == 0).sum()), int((label == 1).sum()), True
+        return *count_labels(find_path(root), dataset, split, compression, frames_per_video), True
     except (FileNotFoundError, ValueError):
         if split not in VIDEOS.get(dataset, {}):
             raise ValueError(f"The {split} split of {dataset} is neither in {root} nor among those whose size is known ({', '.join(VIDEOS)}). Give --data, or make the dataset first.") from None
     real, fake = (videos * (1 if dataset == "df-tp-ffhq" else frames_per_video) for videos in VIDEOS[dataset][split])
     return real, fake, False
+
+
+@lru_cache(maxsize=None)
+def count_labels(
+    root: Path, dataset: str, split: str, compression: str | None, frames_per_video: int
+) -> tuple[int, int]:  # real, fake
+    """Frames of a split that is on this machine. Raises as `read_catalog` does."""
+    from bcos_nb.data import read_catalog
+
+    label = read_catalog(root, dataset, split, compression, frames_per_video=frames_per_video)["label"]
+    return int((label == 0).sum()), int((label == 1).sum())
 
 # %% ../../nbs/batch/plan.ipynb #a68dd011
 PASSES = {"bcos": 2.0, "gradcam": 1.1, "gradcam++": 0.0, "xgradcam": 0.0, "layercam": 0.0}  # forward passes an image; the CAMs share theirs
