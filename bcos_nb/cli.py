@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'MANY_PICTURES', 'TASKS', 'ICONS', 'search_app', 'SearchFolder', 'SearchStorage', 'SearchName',
            'explained', 'tell', 'check', 'show_findings', 'forge', 'forge_here', 'took', 'read_jobs', 'preset_of',
-           'forge_missing', 'finish_task', 'report_failures', 'parse_duration', 'show_plan', 'slots_on', 'run',
-           'status', 'plan', 'show_hours', 'report', 'explore_folder', 'lab', 'app_template', 'app_entrance',
+           'missing_sets', 'forge_missing', 'finish_task', 'report_failures', 'parse_duration', 'show_plan', 'slots_on',
+           'run', 'status', 'plan', 'show_hours', 'report', 'explore_folder', 'lab', 'app_template', 'app_entrance',
            'write_template', 'free_port', 'open_when_ready', 'serve_app', 'prepare', 'pack', 'report_is_current',
            'demo', 'search_run', 'opened_search', 'search_status', 'search_best', 'search_report', 'main']
 
@@ -193,26 +193,34 @@ def preset_of(grid: str) -> dict | None:
     return None if isinstance(content, dict) and "notebook" in content else load_preset(grid)
 
 
-def forge_missing(
+def missing_sets(
     planned: list,      # jobs of a preset
     preset: dict,       # what load_preset gave
     data: Path | None,  # the main dataset's root, if it is not the preset's; nothing is made there
-) -> None:
-    """Forges the datasets that runs to be done need, that are not there, and that the preset can make."""
+) -> list[dict]:        # as preset_datasets has them
+    """The datasets that runs to be done need, that are not there, and that the preset can make."""
     from bcos_nb.batch.presets import preset_datasets
     from bcos_nb.batch.runs import find_path, is_complete
     from bcos_nb.data.catalog import find_index
 
     sets = [entry for job in planned if not is_complete(job.run_dir) for entry in [job.params, *(job.params.get("test_sets") or [])]]
     needed = {(Path(entry["data"]).as_posix(), entry["dataset"]) for entry in sets if "data" in entry}
+    missing = []
     for one in preset_datasets(preset, data):
         if one["recipe"] is None or one["root"] == data or (one["root"].as_posix(), one["dataset"]) not in needed:
             continue
         try:
             find_index(find_path(one["root"]), one["dataset"], None)
         except FileNotFoundError:
-            tell(f"{one['dataset']} is made in {one['root']}.")
-            forge_here(one["root"], one["recipe"])
+            missing.append(one)
+    return missing
+
+
+def forge_missing(planned: list, preset: dict, data: Path | None) -> None:
+    """Forges what `missing_sets` finds."""
+    for one in missing_sets(planned, preset, data):
+        tell(f"{one['dataset']} is made in {one['root']}.")
+        forge_here(one["root"], one["recipe"])
 
 
 def finish_task(task: str, runs: Path) -> None:
@@ -406,6 +414,10 @@ def plan(
     if sum([tflops is not None, calibrate, measured is not None]) > 1:
         raise ValueError("--tflops, --calibrate and --measured each say how fast the machine is. Give one of them, or none.")
     planned, folder = read_jobs(grid, runs, data, None, only)
+    chosen = preset_of(grid)
+    for one in missing_sets(planned, chosen, data) if chosen else []:
+        number = f" --identities {one['recipe']['identities']}" if "identities" in one["recipe"] else ""
+        raise FileNotFoundError(f"{one['dataset']} is not in {one['root']} yet, so its frames cannot be counted. The grid makes it when it is run; or make it now: bcos-nb forge {one['root']} --dataset {one['dataset']}{number}.")
     if tflops is not None:
         pace = plans.stated_pace(tflops)
     elif calibrate:

@@ -14,8 +14,8 @@ import nbformat
 import psutil
 import pytest
 
-from bcos_nb.batch import cluster, install_kernels, plan_jobs, run_jobs
-from bcos_nb.batch.cluster import OwnLock, open_cluster, outlast, read_slurm, slots_of, slurm_cluster, take_away, take_gpu
+from bcos_nb.batch import cluster, install_kernels, kernels, plan_jobs, run_jobs
+from bcos_nb.batch.cluster import OwnLock, open_cluster, outlast, read_slurm, slots_of, slurm_cluster, take_away, take_gpu, threads_of
 from bcos_nb.batch.runs import WORKER, lock_run, read_json, unlock_run, write_json
 
 pytest.importorskip("distributed")
@@ -142,6 +142,7 @@ def test_a_worker_killed_while_running_changes_no_score(notebook, tmp_path):
     here = plan_jobs(notebook, [row | {"seconds": 0.0, "log": ""} for row in rows], tmp_path / "here")
     assert run_jobs(here, kernels=[KERNEL], progress=False).status.tolist() == ["done"] * 3
     assert scores_of(jobs) == scores_of(here)
+    assert len({read_json(job.run_dir / "metrics.json")["threads"] for job in jobs + here}) == 1, "also after the loss of a worker"
     metrics = [read_json(job.run_dir / "metrics.json") for job in jobs]
     assert [one["largest"] for one in metrics] == [read_json(job.run_dir / "metrics.json")["largest"] for job in here]
 
@@ -269,6 +270,17 @@ def test_slots_are_what_a_worker_declares():
     assert slots_of({"nthreads": 1, "resources": {"GPU": 1.0, "CPU": 1.0}}, TOLD | {"gpus": ["0"]}, "") == ("GPU", 1)
 
 
+@pytest.mark.parametrize("resources, gpus, cores, threads", [
+    ({"CPU": 1.0}, [], 2, 1), ({"CPU": 1.0}, [], 64, 8), ({"GPU": 1.0}, ["0", "1", "2", "3"], 40, 10), ({"CPU": 1.0, "threads": 4.0}, [], 64, 4), ({"GPU": 1.0, "threads": 10.0}, ["0"], 40, 10),
+])
+def test_a_run_has_the_threads_that_this_machine_would_give_it_however_many_workers_there_are(tmp_path, monkeypatch, resources, gpus, cores, threads):
+    assert threads_of({"nthreads": 1, "resources": resources}, TOLD | {"gpus": gpus, "cores": cores}) == threads
+    if "threads" not in resources:
+        monkeypatch.setattr(kernels, "available_cores", lambda: cores)
+        name = install_kernels(tmp_path, gpus=gpus or None if gpus else [])[0]
+        assert read_json(tmp_path / "share/jupyter/kernels" / name / "kernel.json")["env"]["OMP_NUM_THREADS"] == str(threads)
+
+
 def test_a_gpu_is_free_again_when_its_holder_is_killed(tmp_path):
     name = f"GPU-{tmp_path.name}"
     code = f"import time; from bcos_nb.batch.cluster import take_gpu\nwith take_gpu([{name!r}]):\n    print('held', flush=True); time.sleep(60)"
@@ -378,7 +390,7 @@ def test_slurm_is_asked_for_what_the_file_says(tmp_path):
     for line in ("#SBATCH -p gpu_4", "#SBATCH --gres=gpu:4", "#SBATCH --cpus-per-task=10", "#SBATCH --mem=84G", "#SBATCH -t 24:00:00", "#SBATCH --exclusive", "module load devel/cuda"):
         assert line in script.splitlines(), script
     command = script.splitlines()[-1]
-    for option in ("--nthreads 1", "--nworkers 4", "--resources GPU=1", "--local-directory $TMPDIR"):
+    for option in ("--nthreads 1", "--nworkers 4", "--resources GPU=1,threads=2", "--local-directory $TMPDIR"):
         assert option in command
 
 

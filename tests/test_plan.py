@@ -207,7 +207,7 @@ def test_a_notebook_of_ones_own_cannot_be_planned(tmp_path):
 
 
 def test_a_stated_pace_scales_times_and_nothing_else(tmp_path):
-    jobs = preset_jobs(load_preset("study"), tmp_path, experiments=["train", "detect"])
+    jobs = preset_jobs(load_preset("study"), tmp_path, experiments=["train", "mask_game"])
     one, two = (plan_grid(jobs, Pace({(None, None, None): rate * 1e12}, "", decoding=math.inf, start=0.0), 8) for rate in (5, 10))
     assert one.slot_hours == pytest.approx(2 * two.slot_hours) and one.seconds == pytest.approx(2 * two.seconds)
     assert one.table["bytes"].tolist() == two.table["bytes"].tolist()
@@ -285,3 +285,48 @@ def test_long_times_as_a_person_says_them(seconds, said):
 @pytest.mark.parametrize("count, said", [(2e3, "2 kB"), (3.1e6, "3.1 MB"), (116e9, "116 GB"), (2.5e12, "2.5 TB")])
 def test_bytes_as_a_person_says_them(count, said):
     assert size(count) == said
+
+
+# From the shell
+
+
+def test_the_command_says_hours_what_they_rest_on_and_draws_them(tmp_path):
+    from typer.testing import CliRunner
+
+    from bcos_nb.cli import app
+
+    done = CliRunner().invoke(app, ["plan", "study", "--gpus", "8", "--tflops", "10", "--only", "detect", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "plan.html")])
+    assert done.exit_code == 0, done.output
+    jobs = [job for job in preset_jobs(load_preset("study"), tmp_path / "runs") if job.notebook.stem in ("train", "detect")]
+    said = " ".join(done.output.split())
+    needed = {folder for job in jobs for folder in job.after}
+    assert f"{sum(job.notebook.stem == 'detect' or job.run_dir in needed for job in jobs)} runs on 8 GPUs" in said and "Assumed, not measured" in said
+    assert (tmp_path / "plan.html").stat().st_size > 1e6 and not (tmp_path / "runs").exists()
+    wrong = CliRunner().invoke(app, ["plan", "study", "--tflops", "10", "--calibrate"])
+    assert wrong.exit_code == 1 and "Give one of them" in " ".join(wrong.output.split())
+
+
+def test_runs_are_predicted_from_each_other(tmp_path, monkeypatch):
+    """Three trainings of one network that took 900, 1000 and 1100 s: each is predicted as what the others took."""
+    jobs = preset_jobs(load_preset("study") | {"detectors": [{"arch": "resnet34", "b": [1.25, 2, 2.5]}]}, tmp_path, experiments=["train"])
+    taken = {}
+    for job, seconds in zip(jobs, (900.0, 1000.0, 1100.0)):
+        job.run_dir.mkdir(parents=True)
+        write_json(job.run_dir / "metrics.json", {})
+        taken[job.run_dir] = seconds
+    monkeypatch.setattr(plans, "seconds_of", taken.get)
+    table = plans.hindsight(jobs)
+    assert table["seconds"].tolist() == [900, 1000, 1100]
+    assert table["predicted"].tolist() == pytest.approx([1050, 1000, 950], rel=0.02)
+
+
+def test_a_dataset_that_a_grid_would_make_is_not_taken_for_the_real_one(tmp_path, monkeypatch):
+    """The miniature has the name of FaceForensics++, and not its size."""
+    from typer.testing import CliRunner
+
+    from bcos_nb.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["plan", "demo", "--tflops", "1"])
+    assert done.exit_code == 1 and "forge data/miniature --dataset FaceForensics++ --identities 100" in " ".join(done.output.split())
+    assert plans.bench_runs() == [], "nor do runs of it in data/bench count as such"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOOK', 'RUNNING', 'IDLE', 'START', 'SLURM', 'MEMORY', 'WALLTIME', 'need', 'gpu_identity', 'take_gpu', 'OwnLock',
            'carry_out', 'nothing_to_take', 'run_on_worker', 'outlast', 'clear_lock', 'describe', 'still_running',
-           'slots_of', 'Worker', 'Attempt', 'ClusterExecutor', 'take_away', 'read_slurm', 'slurm_cluster',
+           'slots_of', 'threads_of', 'Worker', 'Attempt', 'ClusterExecutor', 'take_away', 'read_slurm', 'slurm_cluster',
            'open_cluster']
 
 # %% ../../nbs/batch/cluster.ipynb #757ddeb8
@@ -142,7 +142,7 @@ def nothing_to_take():
     """Stands for a GPU on a worker that has none: the kernel sees what this process sees, and that is hidden where it was not declared."""
     yield "" if available_gpus() else None
 
-# %% ../../nbs/batch/cluster.ipynb #9abcd2a6
+# %% ../../nbs/batch/cluster.ipynb #16ca7245
 RUNNING: set[str] = set()  # tickets of the runs in this worker's hands
 IDLE: list[WorkerPool] = []  # processes that wait for the next run: starting one takes seconds
 
@@ -205,11 +205,9 @@ def describe(
     dask_worker=None,
 ) -> dict[str, Any]:
     """What a grid must know of a worker, told by itself."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return {
-        "host": socket.gethostname(), "version": bcos_nb.__version__, "cores": available_cores(), "affinity": cores, "gpus": available_gpus(),
+        "host": socket.gethostname(), "version": bcos_nb.__version__, "cores": available_cores(), "gpus": available_gpus(),
         "local_directory": dask_worker.local_directory, "shared": not folder or Path(folder, token).is_file(), "writable": not folder or os.access(folder, os.W_OK),
-        "cluster_wide": os.environ.get("SLURM_JOB_ID", ""),
     }
 
 
@@ -249,13 +247,26 @@ def slots_of(
         raise ValueError(f"{who} has {declared['nthreads']} threads and declares no resources, so it is not clear how many runs it can do at once. {START.format(address=address, resource=resource)}")
     return None, 1
 
-# %% ../../nbs/batch/cluster.ipynb #21433215
+# %% ../../nbs/batch/cluster.ipynb #dea2bdb2
+def threads_of(
+    declared: Mapping[str, Any],  # as for slots_of
+    told: Mapping[str, Any],
+) -> int:                         # of each of its runs
+    """A run's share of the processors on a worker."""
+    if declared["resources"].get("threads"):
+        return int(declared["resources"]["threads"])
+    if declared["resources"].get("GPU") and told["gpus"]:
+        return max(1, told["cores"] // len(told["gpus"]))
+    return max(1, told["cores"] // 8)
+
+# %% ../../nbs/batch/cluster.ipynb #2aa34c8e
 class Worker:
     """A worker as the grid sees it."""
 
     def __init__(self, address: str, declared: Mapping, told: Mapping, resource: str | None, slots: int):
         self.address, self.told, self.resource, self.slots = address, told, resource, slots
         self.local_directory, self.running = declared["local_directory"], 0
+        self.threads = threads_of(declared, told)
         self.name = f"{address} on {told['host']}"
 
 
@@ -445,8 +456,8 @@ class ClusterExecutor(Executor):
                 else:
                     with self.guard:
                         self.workers[address, local] = worker
-                    what = f"{worker.slots} GPU{'s' * (worker.slots > 1)}" if worker.resource == "GPU" else f"{worker.slots} share{'s' * (worker.slots > 1)} of {told['cores']} cores"
-                    self.tell(f"Worker {worker.name} has come, with {what}.")
+                    what = f"{worker.slots} GPU{'s' * (worker.slots > 1)}" if worker.resource == "GPU" else f"{worker.slots} share{'s' * (worker.slots > 1)} of the processors"
+                    self.tell(f"Worker {worker.name} has come, with {what}, {worker.threads} thread{'s' * (worker.threads > 1)} a run.")
             if (address, local) in self.refused:
                 self.tell(self.refused[address, local])
 
@@ -501,7 +512,7 @@ class ClusterExecutor(Executor):
             worker = min(elsewhere or free, key=lambda worker: worker.running / worker.slots)
             attempt.worker, attempt.ticket = worker, f"bcos_nb-{self.scheduler}-{uuid.uuid4().hex}"
             place = {
-                "ticket": attempt.ticket, "worker": worker.local_directory, "threads": self._threads(worker), "before": attempt.before,
+                "ticket": attempt.ticket, "worker": worker.local_directory, "threads": worker.threads, "before": attempt.before,
                 "gpus": worker.told["gpus"] if worker.resource == "GPU" else None,
             }
             worker.running += 1
@@ -510,12 +521,6 @@ class ClusterExecutor(Executor):
                 run_on_worker, attempt.task, attempt.request, place, key=attempt.ticket, pure=False, retries=0,
                 workers=[worker.address], allow_other_workers=False, resources={worker.resource: 1} if worker.resource else None,
             )
-
-    def _threads(self, worker: Worker) -> int:
-        """A run's share of the processors: what its worker may use, over the slots of all workers that may use the same."""
-        same = ("host", "affinity", "cluster_wide")
-        sharing = [other.slots for other in self.workers.values() if all(other.told[key] == worker.told[key] for key in same)]
-        return max(1, worker.told["cores"] // max(1, sum(sharing)))
 
 # %% ../../nbs/batch/cluster.ipynb #5f53c4b3
 def take_away(
@@ -541,7 +546,7 @@ def take_away(
     aside.unlink(missing_ok=True)
     return holder
 
-# %% ../../nbs/batch/cluster.ipynb #069bc503
+# %% ../../nbs/batch/cluster.ipynb #a9eb1164
 SLURM = {  # key: type, whether it must be there, what it is
     "queue": (str, True, "partition, such as gpu_4"),
     "jobs": (int, True, "how many jobs at most"),
@@ -610,7 +615,7 @@ def slurm_cluster(
         **{key: settings[key] for key in same if key in settings},
         # jobqueue's cores are the threads of all workers together, which aren't the processors that a job gets
         cores=settings["workers"], processes=settings["workers"], job_cpu=settings["cores"], job_name="bcos_nb",
-        job_extra_directives=directives, worker_extra_args=["--resources", "GPU=1" if settings["gpus"] else "CPU=1"],
+        job_extra_directives=directives, worker_extra_args=["--resources", f"{'GPU' if settings['gpus'] else 'CPU'}=1,threads={settings['cores'] // settings['workers']}"],
         scheduler_options={"dashboard_address": None},
     )
 

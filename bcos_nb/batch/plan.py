@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VIDEOS', 'PASSES', 'SEARCHED', 'DEPARTURE_STEPS', 'EXAMPLES', 'BYTES_A_ROW', 'NOTEBOOK', 'START', 'FIGURES',
            'DECODING', 'EXPERIMENT_COLOURS', 'simulate', 'shortest', 'count_network', 'network_of', 'count_frames',
-           'Work', 'explaining', 'work_of', 'searched', 'trained_by', 'grid_work', 'Pace', 'with_means', 'stated_pace',
-           'rates_of', 'measured_pace', 'calibrate', 'timed', 'time_decoding', 'bench_pace', 'hindsight', 'Plan',
-           'plan_grid', 'long_clock', 'size', 'by_experiment', 'gantt', 'write_plan']
+           'count_labels', 'Work', 'explaining', 'work_of', 'searched', 'trained_by', 'grid_work', 'Pace', 'with_means',
+           'stated_pace', 'rates_of', 'measured_pace', 'calibrate', 'timed', 'time_decoding', 'bench_pace',
+           'bench_runs', 'hindsight', 'Plan', 'plan_grid', 'long_clock', 'size', 'by_experiment', 'gantt', 'write_plan']
 
 # %% ../../nbs/batch/plan.ipynb #8fcac3d3
 import heapq
@@ -113,7 +113,7 @@ def network_of(
     options = json.dumps({key: value for key, value in (params.get("arch_options") or {}).items() if not key.startswith("norm")}, sort_keys=True)
     return count_network(params["arch"], b, float(params.get("width") or 1.0), options, int(side or params["image_size"]))
 
-# %% ../../nbs/batch/plan.ipynb #21c80d09
+# %% ../../nbs/batch/plan.ipynb #07af7fe7
 VIDEOS = {  # dataset: split: real and fake videos; FFHQ's are images
     "FaceForensics++": {"train": (720, 2880), "val": (140, 560), "test": (140, 560)},  # Rössler et al. 2019
     "FaceShifter": {"test": (140, 140)},                                               # the test videos of FaceForensics++
@@ -125,7 +125,6 @@ VIDEOS = {  # dataset: split: real and fake videos; FFHQ's are images
 }
 
 
-@lru_cache(maxsize=None)
 def count_frames(
     root: str,
     dataset: str,
@@ -134,16 +133,24 @@ def count_frames(
     frames_per_video: int,
 ) -> tuple[int, int, bool]:  # real, fake, whether they were counted (or are taken from VIDEOS)
     """Frames of a split. Raises ValueError for a dataset that is neither here nor known."""
-    from bcos_nb.data import read_catalog
-
     try:
-        label = read_catalog(find_path(root), dataset, split, compression, frames_per_video=frames_per_video)["label"]
-        return int((label == 0).sum()), int((label == 1).sum()), True
+        return *count_labels(find_path(root), dataset, split, compression, frames_per_video), True
     except (FileNotFoundError, ValueError):
         if split not in VIDEOS.get(dataset, {}):
             raise ValueError(f"The {split} split of {dataset} is neither in {root} nor among those whose size is known ({', '.join(VIDEOS)}). Give --data, or make the dataset first.") from None
     real, fake = (videos * (1 if dataset == "df-tp-ffhq" else frames_per_video) for videos in VIDEOS[dataset][split])
     return real, fake, False
+
+
+@lru_cache(maxsize=None)
+def count_labels(
+    root: Path, dataset: str, split: str, compression: str | None, frames_per_video: int
+) -> tuple[int, int]:  # real, fake
+    """Frames of a split that is on this machine. Raises as `read_catalog` does."""
+    from bcos_nb.data import read_catalog
+
+    label = read_catalog(root, dataset, split, compression, frames_per_video=frames_per_video)["label"]
+    return int((label == 0).sum()), int((label == 1).sum())
 
 # %% ../../nbs/batch/plan.ipynb #a68dd011
 PASSES = {"bcos": 2.0, "gradcam": 1.1, "gradcam++": 0.0, "xgradcam": 0.0, "layercam": 0.0}  # forward passes an image; the CAMs share theirs
@@ -254,7 +261,7 @@ def grid_work(jobs: Sequence[Job]) -> list[Work]:
     trainings = {job.run_dir.resolve(): job for job in jobs if job.notebook.stem == "train"}
     return [work_of(job, trainings) for job in jobs]
 
-# %% ../../nbs/batch/plan.ipynb #20d6ad83
+# %% ../../nbs/batch/plan.ipynb #7235bcc2
 START = 12.0     # seconds until a kernel has imported torch and read its parameters; about what runs of the grid mini took on 2 cores
 FIGURES = {"detect": 28.0}  # seconds for intervals and figures, whatever the size
 DECODING = 700.0 # frames a second and core: data/bench, PNG of 256 px
@@ -410,31 +417,40 @@ def time_decoding(
 
 
 def bench_pace() -> Pace:
-    """The throughput that `data/bench` knows: of whole runs (runs.csv), else of ResNet-34 for all networks."""
+    """The throughput that `data/bench` knows: of whole runs where their dataset is here, else of ResNet-34 for all networks."""
     import pandas as pd
 
-    remedy = "For another machine give --calibrate there, or --tflops."
+    remedy, done = "For another machine give --calibrate there, or --tflops.", bench_runs()
+    if done:
+        return Pace(rates_of(done), f"From data/bench/runs.csv: {len(done)} runs on the machine that data/README.md names. {remedy}")
+    table = pd.read_csv(resource_path("data/bench/amd-epyc-2-cores.csv"))
+    forward = network_of({"arch": "resnet34", "b": None}, 224)[0]
+    steps, looks = (table[(table["room"] == room) & (table["beside"] == "reference")] for room in ("steps", "forward"))
+    row = steps.iloc[0]
+    training, looking = 3 * forward * row["batch"] / steps["ours_s"].median(), forward * row["batch"] / looks["ours_s"].median()
+    rates = {(kind, "resnet34", True): [training] for kind in ("train", "search")} | {(kind, "resnet34", True): [looking] for kind in ("detect", "mask_game", "grid_game")}
+    return Pace(with_means(rates), f"From data/bench: B-cos ResNet-34 of 224 px on {row['cores']} cores of an {row['cpu']} ({row['date']}), taken for every network. {remedy}")
+
+
+def bench_runs() -> list[tuple[Work, float]]:  # and their seconds
+    """The runs of data/bench/runs.csv whose datasets are here, so that their work can be counted."""
+    import pandas as pd
+
     try:
         table = pd.read_csv(resource_path("data/bench/runs.csv"))
     except FileNotFoundError:
-        table = pd.read_csv(resource_path("data/bench/amd-epyc-2-cores.csv"))
-        forward = network_of({"arch": "resnet34", "b": None}, 224)[0]
-        steps, looks = (table[(table["room"] == room) & (table["beside"] == "reference")] for room in ("steps", "forward"))
-        row = steps.iloc[0]
-        training, looking = 3 * forward * row["batch"] / steps["ours_s"].median(), forward * row["batch"] / looks["ours_s"].median()
-        rates = {(kind, "resnet34", True): [training] for kind in ("train", "search")} | {(kind, "resnet34", True): [looking] for kind in ("detect", "mask_game", "grid_game")}
-        return Pace(with_means(rates), f"From data/bench: B-cos ResNet-34 of 224 px on {row['cores']} cores of an {row['cpu']} ({row['date']}), taken for every network. {remedy}")
-    jobs = [Job(Path(f"{row.experiment}.ipynb"), params := json.loads(row.params), Path("/bench", row.experiment, run_name(params)), [], "") for row in table.itertuples()]
-    trainings = {job.run_dir: job for job in jobs if job.notebook.stem == "train"}
-    done = []
-    for job, seconds in zip(jobs, table["seconds"]):
+        return []
+    rows = [(row.experiment, json.loads(row.params), float(row.seconds)) for row in table.itertuples()]
+    jobs = [Job(Path(f"{experiment}.ipynb"), params, Path("/bench", experiment, run_name(params))) for experiment, params, _ in rows]
+    trainings, done = {job.run_dir: job for job in jobs if job.notebook.stem == "train"}, []
+    for job, (_, _, seconds) in zip(jobs, rows):
         try:
-            done.append((work_of(job, trainings), float(seconds)))
+            work = work_of(job, trainings)
         except ValueError:  # of a dataset that is not here, or a training that is not among them
             continue
-    if not done:
-        raise ValueError(f"data/bench/runs.csv holds no run whose work could be counted here. {remedy}")
-    return Pace(rates_of(done), f"From data/bench/runs.csv: {len(done)} runs, on the machine that data/README.md names. {remedy}")
+        if work.counted:
+            done.append((work, seconds))
+    return done
 
 # %% ../../nbs/batch/plan.ipynb #a7984f10
 def hindsight(
@@ -547,7 +563,7 @@ def by_experiment(plan: Plan) -> "pandas.DataFrame":  # a row for each experimen
              **{f"{kind}, MB": some[kind].sum() / 1e6 for kind in kinds}} for name, some in groups]
     return pd.DataFrame(rows).set_index("experiment")
 
-# %% ../../nbs/batch/plan.ipynb #62c7b0f1
+# %% ../../nbs/batch/plan.ipynb #354e0544
 EXPERIMENT_COLOURS = {"train": "#0072b2", "search": "#cc79a7", "mask_game": "#009e73", "grid_game": "#e69f00", "detect": "#56b4e9"}  # Okabe and Ito's
 
 
@@ -588,12 +604,13 @@ def write_plan(
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs = plan.table.assign(start=plan.table["start"] / 3600, end=plan.table["end"] / 3600)[["run", "slot", "start", "end"]]
+    short = lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    runs = plan.table.assign(slot=plan.table["slot"] + 1, start=plan.table["start"] / 3600, end=plan.table["end"] / 3600)[["run", "slot", "start", "end"]]
     page = "".join([
         f"<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title or 'Plan of a grid')}</title>",
         "<style>body{font:15px/1.45 system-ui,sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;font-size:13px}td,th{padding:2px 9px;text-align:right;border-bottom:1px solid #e4e4e4}th{font-weight:600}li{margin:.2em 0}</style></head><body>",
         f"<h1>{html.escape(title or 'Plan of a grid')}</h1><p><b>{html.escape(str(plan))}</b></p><ul>", *(f"<li>{html.escape(note)}</li>" for note in plan.notes()), "</ul>",
-        gantt(plan).to_html(full_html=False, include_plotlyjs=True), "<h2>By experiment</h2>", by_experiment(plan).to_html(float_format=lambda value: f"{value:,.3g}", border=0),
+        gantt(plan).to_html(full_html=False, include_plotlyjs=True), "<h2>By experiment</h2>", by_experiment(plan).to_html(float_format=short, border=0),
         "<h2>Run by run, hours</h2>", runs.to_html(float_format=lambda value: f"{value:,.2f}", border=0, index=False), "</body></html>",
     ])
     return write_text(path, page)
