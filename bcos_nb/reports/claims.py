@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['OTHER_SETS', 'IN_WORDS', 'ROW_COLUMNS', 'CLAIMS', 'CNNS', 'BACKBONES', 'CAMS', 'POOR', 'DETECTION', 'HARDER', 'GRID',
-           'CELL', 'MASK', 'CUT', 'STUDY_WORDS', 'EXPECTATIONS', 'SIGNS', 'CLAIMS_STYLE', 'Estimate', 'combined',
-           'mean_of', 'wins_by_video', 'drawn_auc', 'plain_b', 'StudyTables', 'Draws', 'unknown', 'DetectionRuns',
-           'drawn_metric', 'GameRuns', 'game_sums', 'search_trials', 'OurTables', 'Claim', 'Verdict', 'judge', 'placed',
-           'reasoned', 'enumerated', 'claim', 'every_detector', 'steps', 'auc_elsewhere', 'cnns_lose',
-           'cnns_fall_with_b', 'vit_gains', 'higher_b_may_help', 'stable_over_b', 'xception_first', 'ordinary_order',
-           'ffhq_well', 'ffhq_easier', 'all_struggle', 'largest_drop', 'xception_generalises', 'bcos_drops_less',
-           'vit_drops_least', 'vit_poor_elsewhere', 'compression_costs', 'reasonable_at_c40', 'xception_drops_at_c40',
-           'vit_recall', 'videos_beat_frames', 'unweighted_uniform', 'gradcam_beats_bcos', 'lower_b_localizes',
-           'localization_falls_with_b', 'gradcam_best_resnet', 'layercam_best_xception', 'lime_uniform',
-           'bcos_better_on_xception', 'all_better_on_xception', 'over_cams', 'bcos_tends_to_win', 'bcos_always_wins',
-           'cams_win_unweighted', 'cams_win_on_xception', 'cams_alike', 'layercam_weak_on_vit', 'lime_better_at_masks',
-           'masks_suit_bcos', 'bcos_wins_on_its_own', 'alike_on_bcos', 'gain', 'thresholds_help',
-           'thresholds_lift_cams', 'thresholds_help_xception', 'lime_unmoved', 'nothing_left', 'nearly_perfect',
-           'thresholds_help_masks', 'fragile', 'others_fail', 'judged', 'study_verdict', 'claims_table', 'study_effect',
-           'claim_rows', 'effect_svg', 'signed', 'claim_html', 'claims_html']
+           'CELL', 'MASK', 'CUT', 'STUDY_WORDS', 'EXPECTATIONS', 'SIGNS', 'LIGHT', 'DARK', 'CLAIMS_STYLE', 'Estimate',
+           'combined', 'mean_of', 'wins_by_video', 'drawn_auc', 'plain_b', 'StudyTables', 'Draws', 'unknown',
+           'DetectionRuns', 'drawn_metric', 'GameRuns', 'game_sums', 'search_trials', 'OurTables', 'Claim', 'Verdict',
+           'judge', 'placed', 'reasoned', 'enumerated', 'claim', 'every_detector', 'steps', 'auc_elsewhere',
+           'cnns_lose', 'cnns_fall_with_b', 'vit_gains', 'higher_b_may_help', 'stable_over_b', 'xception_first',
+           'ordinary_order', 'ffhq_well', 'ffhq_easier', 'all_struggle', 'largest_drop', 'xception_generalises',
+           'bcos_drops_less', 'vit_drops_least', 'vit_poor_elsewhere', 'compression_costs', 'reasonable_at_c40',
+           'xception_drops_at_c40', 'vit_recall', 'videos_beat_frames', 'unweighted_uniform', 'gradcam_beats_bcos',
+           'lower_b_localizes', 'localization_falls_with_b', 'gradcam_best_resnet', 'layercam_best_xception',
+           'lime_uniform', 'bcos_better_on_xception', 'all_better_on_xception', 'over_cams', 'bcos_tends_to_win',
+           'bcos_always_wins', 'cams_win_unweighted', 'cams_win_on_xception', 'cams_alike', 'layercam_weak_on_vit',
+           'lime_better_at_masks', 'masks_suit_bcos', 'bcos_wins_on_its_own', 'alike_on_bcos', 'gain',
+           'thresholds_help', 'thresholds_lift_cams', 'thresholds_help_xception', 'lime_unmoved', 'nothing_left',
+           'nearly_perfect', 'thresholds_help_masks', 'fragile', 'others_fail', 'judged', 'study_verdict',
+           'claims_table', 'study_effect', 'claim_rows', 'effect_svg', 'signed', 'claim_html', 'claims_html']
 
 # %% ../../nbs/reports/claims.ipynb #77dea0ac
 import html
@@ -955,13 +955,18 @@ def claim_rows(
              for one, ours, study in judged(runs) if len(ours.rows)]
     return pd.concat(parts, ignore_index=True)[["claim", *ROW_COLUMNS, "study"]] if parts else pd.DataFrame(columns=["claim", *ROW_COLUMNS, "study"])
 
-# %% ../../nbs/reports/claims.ipynb #176e8ec9
+# %% ../../nbs/reports/claims.ipynb #60711b10
 SIGNS = {"confirmed": "✓", "refuted": "✗", "not decidable": "?"}
-CLAIMS_STYLE = """
-.claims { --yes: #0072b2; --no: #c2540a; --open: #6b7280; --faint: rgba(120, 130, 140, 0.18); font-size: 14px; }
+LIGHT, DARK = "--yes: #0072b2; --no: #b8500a; --open: #69717b; --shade: rgba(110, 120, 130, 0.17);", "--yes: #5bb4ee; --no: #f0964e; --open: #a3abb5; --shade: rgba(150, 160, 170, 0.2);"
+CLAIMS_STYLE = f"""
+.claims {{ {LIGHT} font-size: 14px; }}
+@media (prefers-color-scheme: dark) {{ :root:not([data-theme="light"]) .claims {{ {DARK} }} }}
+:root[data-theme="dark"] .claims {{ {DARK} }}
+@media print {{ :root .claims, :root[data-theme="dark"] .claims {{ {LIGHT} }} }}
+""" + """
 .claims .count { display: flex; flex-wrap: wrap; gap: 10px 26px; margin: 6px 0 14px; } .claims .count b { font-size: 21px; margin-right: 6px; }
 .claims h4 { font-size: 13px; letter-spacing: 0.04em; text-transform: uppercase; opacity: 0.7; margin: 26px 0 2px; }
-.claims .one { display: grid; grid-template-columns: 122px minmax(0, 1fr) 250px; gap: 2px 18px; padding: 10px 0; border-top: 1px solid var(--faint); }
+.claims .one { display: grid; grid-template-columns: 122px minmax(0, 1fr) 250px; gap: 2px 18px; padding: 10px 0; border-top: 1px solid var(--shade); }
 .claims .confirmed { color: var(--yes); } .claims .refuted { color: var(--no); } .claims .open { color: var(--open); }
 .claims .verdict { font-weight: 600; white-space: nowrap; } .claims .verdict i { font-style: normal; display: inline-block; width: 1.2em; }
 .claims .words { font-weight: 600; } .claims .words span { font-weight: 400; opacity: 0.65; font-size: 12.5px; margin-left: 6px; }
@@ -990,7 +995,7 @@ def effect_svg(
     theirs = "" if math.isnan(study) else f'<path d="M{at(study):.1f} {middle - 5}l5 5l-5 5l-5 -5z" fill="none" stroke="currentColor" opacity="0.6"/>'
     ours = "" if math.isnan(effect) else (f'<line x1="{at(low):.1f}" x2="{at(high):.1f}" y1="{middle}" y2="{middle}" stroke="{colour}" stroke-width="2.5"/>'
                                           f'<circle cx="{at(effect):.1f}" cy="{middle}" r="4" fill="{colour}"/>')
-    return (f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" aria-hidden="true"><rect x="{left:.1f}" width="{right - left:.1f}" height="{height}" fill="var(--faint)"/>'
+    return (f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" aria-hidden="true"><rect x="{left:.1f}" width="{right - left:.1f}" height="{height}" fill="var(--shade)"/>'
             f"{edges}{theirs}{ours}</svg>")
 
 

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['MAIN', 'ORDER', 'POST_HOC', 'SIDE', 'FINE', 'INSIDE', 'OUTSIDE', 'FORM', 'HEAT_WORDS', 'Trained', 'trained_detectors',
-           'find_dataset', 'middle_frames', 'fake_probabilities', 'median_frames', 'Faces', 'explain_faces', 'GridMaps',
-           'explain_grids', 'resized', 'Cell', 'sheet', 'draw_cell', 'heat_tile', 'colour_tile', 'compact',
-           'image_html', 'called', 'faces_figure', 'fakes_box', 'grid_figure', 'one_grid_figure', 'two_colours',
-           'fractions', 'mask_game_figure', 'write_fractions', 'key_of', 'write_arrays', 'read_arrays', 'made_once',
-           'pack_faces', 'unpack_faces', 'pack_grids', 'unpack_grids', 'faces_kept', 'plain', 'grids_kept', 'preferred',
-           'Gallery', 'Picture', 'what_stands', 'faces_pictures', 'grid_pictures', 'mask_game_picture',
-           'gallery_figures']
+           'find_dataset', 'middle_frames', 'known_scores', 'fake_probabilities', 'median_frames', 'Faces',
+           'explain_faces', 'GridMaps', 'explain_grids', 'resized', 'Cell', 'sheet', 'draw_cell', 'heat_tile',
+           'colour_tile', 'compact', 'image_html', 'called', 'faces_figure', 'fakes_box', 'grid_figure',
+           'one_grid_figure', 'two_colours', 'fractions', 'mask_game_figure', 'write_fractions', 'key_of',
+           'write_arrays', 'read_arrays', 'made_once', 'pack_faces', 'unpack_faces', 'pack_grids', 'unpack_grids',
+           'faces_kept', 'plain', 'grids_kept', 'preferred', 'Gallery', 'Picture', 'what_stands', 'faces_pictures',
+           'grid_pictures', 'mask_game_picture', 'gallery_figures']
 
-# %% ../../nbs/reports/gallery.ipynb #5c252ae6
+# %% ../../nbs/reports/gallery.ipynb #1f9b6ed3
 import base64
+import contextlib
 import hashlib
 import html
 import io
@@ -124,6 +125,25 @@ def middle_frames(
     return frames[shown.nonzero()[:, 0]]
 
 
+def known_scores(
+    one: Trained,
+    frames: "Frames",
+) -> pd.DataFrame | None:  # as `score_frames` gives them for these frames
+    """What a detection run of this detector says of the frames; None where there is none, or it lacks some of them."""
+    for file in sorted(one.folder.parent.parent.glob("detect/*/scores.parquet")):
+        try:
+            named = json.loads((file.parent / "params.json").read_text(encoding="utf-8")).get("detector")
+            if not named or not (file.parent / "metrics.json").is_file() or (file.parent / named).resolve() != one.folder.resolve():
+                continue
+            scores = pd.read_parquet(file, columns=["frame", "label", "probability", "logit_real", "logit_fake"]).drop_duplicates("frame").set_index("frame")
+        except (OSError, ValueError, KeyError):
+            continue
+        wanted = pd.Index(frames.catalog["frame"])
+        if wanted.isin(scores.index).all():
+            return scores.loc[wanted].reset_index()
+    return None
+
+
 @torch.no_grad()
 def fake_probabilities(
     detector: torch.nn.Module,
@@ -162,6 +182,7 @@ class Faces:
     rgba: list[np.ndarray | None]  # [K, H, W, 4], B-cos networks
     forgery: np.ndarray | None = None  # the map of the largest B for the class fake, [K, H, W]
     rule: str = ""  # how the frames were chosen, in words
+    explained: str = "Maps explain the class that the detector predicts"  # in words
 
 
 def explain_faces(
@@ -214,14 +235,15 @@ def explain_grids(
     bcos: Trained,
     frames: "Frames",
     *,
-    count: int = 8,  # grids to choose from
-    lime: int | None = 64,  # samples; None: without LIME
+    count: int = 4,  # grids to choose from
+    lime: int | None = 48,  # samples; None: without LIME
 ) -> GridMaps:
     """Two grids that both detectors are sure of, at the lower and the upper quartile of their maps' mean score. Raises ValueError where there are no such grids."""
     networks = [ordinary.load(), bcos.load()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there are fewer than asked for
-        grids = build_grids(networks, frames, count=count)
+        known = [known_scores(one, frames) for one in (ordinary, bcos)]
+        grids = build_grids(networks, frames, count=count, scores=None if any(scores is None for scores in known) else known)
     images, regions = grids.images(range(len(grids))), grids.regions(range(len(grids)))
     device, windows = next(networks[0].parameters()).device, usual_windows(networks[0], grids.cell)
     explained = lambda network, batch, methods, options=None: explain_whole_or_windows(network, batch.to(device), methods, options, windows)
@@ -482,16 +504,15 @@ def write_fractions(figure: Figure, row: int, attribution: np.ndarray, mask: np.
         at = top + 7 + n * SIDE / 2
         figure.text(left / width, 1 - at / height, f"threshold {threshold:g}", color=MUTED, size=8.5, va="center")
         for m, (weighting, (inside, whole)) in enumerate(found.items()):
-            unit = "" if weighting == "weighted" else " px"
-            share = inside / whole if whole else 0.0
-            y = at + 18 + 18 * m
-            figure.text(left / width, 1 - y / height, weighting, color=INK, size=9, va="center")
-            figure.text((left + 160) / width, 1 - y / height, f"{inside:.0f}{unit}", color=np.array(INSIDE) / 255, size=9, va="center", ha="right")
-            figure.text((left + 164) / width, 1 - y / height, f"/ {whole:.0f}{unit}  = ", color=INK, size=9, va="center")
-            figure.text((left + 258) / width, 1 - y / height, f"{share:.2f}", color=INK, size=10, va="center", ha="right", weight="bold")
+            y = 1 - (at + 18 + 18 * m) / height
+            figure.text(left / width, y, weighting, color=INK, size=9, va="center")
+            figure.text((left + 138) / width, y, f"{inside:.0f}", color=np.array(INSIDE) / 255, size=9, va="center", ha="right")
+            figure.text((left + 143) / width, y, f"/ {whole:.0f}", color=INK, size=9, va="center")
+            figure.text((left + 214) / width, y, "=", color=INK, size=9, va="center", ha="center")
+            figure.text((left + 256) / width, y, f"{inside / whole if whole else 0:.2f}", color=INK, size=10, va="center", ha="right", weight="bold")
 
-# %% ../../nbs/reports/gallery.ipynb #a80ef8f6
-FORM = 1  # of the files; another number makes them anew
+# %% ../../nbs/reports/gallery.ipynb #89780489
+FORM = 2  # of the files; another number makes them anew
 
 
 def key_of(*parts) -> str:
@@ -513,8 +534,9 @@ def write_arrays(
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, beside, {"key": key, "about": json.dumps(about)})
         os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
+    except (OSError, SafetensorError):
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def read_arrays(
@@ -552,14 +574,14 @@ def pack_faces(faces: Faces) -> tuple[dict[str, np.ndarray], dict]:
     arrays = {"images": faces.images, "masks": faces.masks, "probabilities": faces.probabilities}
     arrays |= {f"maps/{d}": maps for d, maps in enumerate(faces.maps)} | {f"rgba/{d}": rgba for d, rgba in enumerate(faces.rgba) if rgba is not None}
     arrays |= {} if faces.forgery is None else {"forgery": faces.forgery}
-    return arrays, {"family": faces.family, "methods": faces.methods, "detectors": faces.detectors, "rule": faces.rule}
+    return arrays, {"family": faces.family, "methods": faces.methods, "detectors": faces.detectors, "rule": faces.rule, "explained": faces.explained}
 
 
 def unpack_faces(arrays: dict[str, np.ndarray], about: dict) -> Faces:
     """The other way round."""
     count = range(len(about["detectors"]))
     return Faces(about["family"], arrays["images"], arrays["masks"].astype(bool), about["methods"], about["detectors"], arrays["probabilities"],
-                 [arrays[f"maps/{d}"] for d in count], [arrays.get(f"rgba/{d}") for d in count], arrays.get("forgery"), about["rule"])
+                 [arrays[f"maps/{d}"] for d in count], [arrays.get(f"rgba/{d}") for d in count], arrays.get("forgery"), about["rule"], about["explained"])
 
 
 def pack_grids(grids: GridMaps) -> tuple[dict[str, np.ndarray], dict]:
@@ -589,7 +611,7 @@ def faces_kept(
     unknown = np.full(len(first.images), np.nan)
     return Faces(family, first.images, first.masks, first.methods or [f"face {k + 1}" for k in range(len(first.images))], [plain(one.b) for one in shown],
                  np.stack([unknown if one.probabilities is None else one.probabilities for one in shown]), maps, [one.rgba for one in shown],
-                 maps[-1] if "bcos" in shown[-1].maps else None, "The dataset is not at hand: frames and maps are those that the mask game kept, and the maps are for the class fake")
+                 maps[-1] if "bcos" in shown[-1].maps else None, "The dataset is not at hand: frames and maps are those that the mask game kept", "Maps explain the class fake")
 
 
 def plain(b: float | None) -> float | None:
@@ -653,7 +675,8 @@ class Gallery:
 
     def _choose(self) -> tuple[dict[str, np.ndarray], dict]:
         frames = self.frames()
-        probability = torch.stack([fake_probabilities(one.load(), frames.images) for one in self.detectors]).mean(0).numpy()
+        known = [known_scores(one, frames) for one in self.detectors]
+        probability = np.mean([fake_probabilities(one.load(), frames.images).numpy() if scores is None else scores["probability"] for one, scores in zip(self.detectors, known)], axis=0)
         rows = median_frames(frames.catalog, probability)
         some, methods = frames.catalog.iloc[rows], ["real" if row.label == 0 else row.method for row in frames.catalog.iloc[rows].itertuples()]
         rule = f"Of each method, and of the real videos, the middle frame of that video is shown which has the median of the mean p(fake) of all {len(self.detectors)} detectors"
@@ -711,8 +734,8 @@ class Picture:
         return iter((self.name, self.caption, self.figure, self.described))
 
 
-HEAT_WORDS = ("Heat is attribution over the grey frame; values below {threshold:g} are removed. Maps explain the class that the detector predicts, which is named with its probability; "
-              "the line outlines the forgery’s mask.")
+HEAT_WORDS = ("Heat is attribution over the grey frame; values below {threshold:g} are removed. {explained}; its verdict is named with its probability. "
+              "The line outlines the forgery’s mask.")
 
 
 def what_stands(gallery: Gallery, family: str) -> str:
@@ -734,7 +757,7 @@ def faces_pictures(gallery: Gallery, family: str, number: int | None, threshold:
     exponents = [b for b in faces.detectors if b is not None]
     words = ", ".join(faces.methods)
     common = f"{what_stands(gallery, family)} {faces.rule}."
-    made = [Picture(name, f"{title} {HEAT_WORDS.format(threshold=threshold)}{common}", figure,
+    made = [Picture(name, f"{title} {HEAT_WORDS.format(threshold=threshold, explained=faces.explained)}{common}", figure,
                     f"Attribution maps of {arch_name(family)} on {len(faces.images)} frames ({words}): {', '.join(map(b_name, faces.detectors))}")]
     if len(exponents) > 1 and sum(rgba is not None for rgba in faces.rgba) > 1:
         text = f"{title.replace('maps', 'B-cos colour images', 1)} The colours are those that W(x) looks for; what is less opaque than {threshold:g} is removed.{common}"
