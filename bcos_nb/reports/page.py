@@ -189,7 +189,7 @@ def write_report(
     out: str | Path | None = None,  # the page to write; <runs_dir>/report/report.html if None
     *,
     static: bool = False,  # whether PNG and SVG of the figures are made too, where there is a Chrome or Chromium
-    timeout: float = 900,  # seconds that the notebook may take
+    timeout: float = 1800,  # seconds that the notebook may take; the pictures of many detectors take minutes the first time
 ) -> Path:  # the page
     """Makes the report of a folder of runs: one HTML file that is readable offline; beside it the executed notebook, `tables/` and `figures/`.
 
