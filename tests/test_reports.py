@@ -296,11 +296,12 @@ def test_every_part_of_whole_runs(tmp_path, quiet):
     report = Report(tmp_path / "runs", tmp_path / "out")
     every_part(report)
     assert not [gap for gap in report.gaps if "could not be made" in gap["why"]]
-    assert {gap["what"] for gap in report.gaps} == {"Insertion and deletion", "Distance from the training distribution", "Figure 7", "Guided training", "Table XI", "Table II", "Table IX", "Table X"}
+    assert {gap["what"] for gap in report.gaps} == {"Figure 7", "Guided training", "Table XI", "Table II", "Table IX", "Table X"}
     figures = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
     assert {f"figure_{number}.{form}" for number in (4, 5, 6, 12, 13, 14, 15, 16, "grid_vit", "training", "tradeoff") for form in ("json", "csv")} - figures == {"figure_tradeoff.csv"}
     tables = {path.name for path in (tmp_path / "out" / "tables").iterdir()}
-    assert tables == {f"table_{number}.{form}" for number in ("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "methods", "measures") for form in ("csv", "tex")}
+    assert tables == {f"table_{number}.{form}" for number in ("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "methods", "measures", "faithfulness", "departure") for form in ("csv", "tex")}
+    assert {f"figure_{kind}_{family}.json" for kind in ("faithfulness", "departure") for family in ("resnet34", "xception", "vitc_ti")} <= figures
     assert all(json.loads((tmp_path / "out" / "figures" / name).read_text())["data"] for name in figures if name.endswith(".json"))
 
 
