@@ -431,7 +431,7 @@ def one_grid_figure(
     threshold: float = 0.5,
 ) -> Figure:
     """The B-cos map of one grid, Figure 2 of the study."""
-    side, g = 236, len(grids.images) - 1
+    side, g = 236, 0
     box, whole, cut = fakes_box(grids.regions[g]), grids.scores()["bcos"][g], grids.scores(threshold)["bcos"][g]
     row = [Cell(resized(grids.images[g], round(side * FINE)), box=box, below="the fake’s cell is outlined"),
            Cell(heat_tile(grids.images[g], grids.maps["bcos"][g], side=side), box=box, below=f"share in the cell {whole:.2f}"),
@@ -779,7 +779,7 @@ def grid_pictures(gallery: Gallery, family: str, number: int | None, threshold: 
     scores = "; ".join(f"{explainer_name(one)} {' and '.join(f'{value:.2f}' for value in values)}" for one, values in grids.scores().items())
     made = [Picture(name, title + common, figure, f"{len(grids.images)} grids of {arch_name(family)} with maps and scores: {scores}")]
     if family == "resnet34":
-        made.insert(0, Picture("figure_2", second + common, one_grid_figure(grids, threshold), f"A grid of nine faces and the map of the B-cos network with {b_name(grids.b)}"))
+        made.insert(0, Picture("figure_2", f"{second} It is the first one of Figure 11.{what_stands(gallery, family)}", one_grid_figure(grids, threshold), f"A grid of nine faces and the map of the B-cos network with {b_name(grids.b)}"))
     return made
 
 
