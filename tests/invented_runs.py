@@ -136,6 +136,21 @@ def game_scores(game: str, arch: str, b: float | None, explainers, samples: pd.D
     return table.assign(game=game, arch=arch, b=np.nan if b is None else float(b), dataset="FaceForensics++", compression="c23")
 
 
+def curves_of(arch: str, b: float | None, explainers) -> pd.DataFrame:
+    """faithfulness.parquet: p(fake) falls or rises in a line, steeper for later explainers."""
+    return pd.DataFrame([dict(arch=arch, b=np.nan if b is None else b, explainer=explainer, dataset="FaceForensics++", compression="c23", sample=f"youtube/{video:03d}/000.png", curve=curve,
+                              fraction=step / 4, probability=(0.9 - 0.01 * video) * (max(0, 1 - (1 + k) * step / 4) if curve == "deletion" else min(1, (1 + k) * step / 4)))
+                         for k, explainer in enumerate(("uniform", *explainers)) for video in range(4) for curve in ("deletion", "insertion") for step in range(5)])
+
+
+def steps_of(arch: str, b: float | None, explainers) -> pd.DataFrame:
+    """departure.parquet: scores fall step by step, and so does the AUC."""
+    return pd.DataFrame([dict(game="departure", arch=arch, b=np.nan if b is None else b, explainer=explainer, dataset="FaceForensics++", compression="c23", sample=f"{frame}", threshold=0.0,
+                              weighting="weighted", family=family, region="mask", step=step, value=float(step), chance=0.15, probability=0.9 - 0.1 * step, auc=0.95 - 0.1 * step,
+                              score=0.6 - 0.05 * step * (1 + k) + 0.01 * frame)
+                         for k, explainer in enumerate(explainers) for family in ("grid", "noise") for step in range(4) for frame in range(3)])
+
+
 def invent_games(root: Path, *, backbones=BACKBONES, size: int = 48, pictures: bool = True) -> Path:
     """Writes complete runs of both games for every backbone and B below `root`."""
     number = 0
@@ -152,11 +167,11 @@ def invent_games(root: Path, *, backbones=BACKBONES, size: int = 48, pictures: b
             tensors |= {f"maps/{one}": np.stack([blob(rng, size, b or 0.7) for _ in range(4)]) for one in own}
             samples = game_samples("mask")
             put(root / "mask_game" / name, dict(who, explainers=own), dict(arch=arch, b=b, mask_area=MASK_AREA),
-                {"scores": game_scores("mask", arch, b, rows, samples, number), "samples": samples}, tensors if pictures else None)
+                {"scores": game_scores("mask", arch, b, rows, samples, number), "samples": samples, "faithfulness": curves_of(arch, b, own[:2])}, tensors if pictures else None)
             grid = np.concatenate([np.concatenate([image for image, _ in faces[3 * r:3 * r + 3]], 2) for r in range(3)], 1)
             tensors = {"images": grid[None], "positions": np.array([4]), "logits": np.zeros((1, 2), np.float32)}
             tensors |= {f"maps/{one}": blob(rng, 3 * size, 1.0)[None] for one in own}
             samples = game_samples("grid")
             put(root / "grid_game" / name, dict(who, explainers=own, n=3), dict(arch=arch, b=b, n=3, chance=1 / 9),
-                {"scores": game_scores("grid", arch, b, rows, samples, number), "samples": samples}, tensors if pictures else None)
+                {"scores": game_scores("grid", arch, b, rows, samples, number), "samples": samples, "departure": steps_of(arch, b, own[:2])}, tensors if pictures else None)
     return root

@@ -358,7 +358,6 @@ def test_intervals_cover_the_truth_and_nothing_is_seldom_found(tmp_path):
     for seed in range(200):
         root = tmp_path / str(seed)
         plant_game(root, "mask", "resnet34", None, {"gradcam": 0.4}, seed=seed, scenes=12)
-        samples = np.random.default_rng(seed).normal(0, 0.05, 12)
         plant_game(root, "mask", "resnet34", 2.0, {"bcos": 0.5}, seed=seed + 10_000, scenes=12)
         plant_game(root, "mask", "xception", None, {"gradcam": 0.4}, seed=seed + 20_000, scenes=12)
         plant_game(root, "mask", "xception", 2.5, {"bcos": 0.4}, seed=seed + 30_000, scenes=12)

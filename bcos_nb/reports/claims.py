@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['OTHER_SETS', 'IN_WORDS', 'ROW_COLUMNS', 'CLAIMS', 'CNNS', 'BACKBONES', 'CAMS', 'POOR', 'DETECTION', 'HARDER', 'GRID',
-           'CELL', 'MASK', 'CUT', 'STUDY_WORDS', 'EXPECTATIONS', 'SIGNS', 'CLAIMS_STYLE', 'Estimate', 'combined',
-           'mean_of', 'wins_by_video', 'drawn_auc', 'plain_b', 'StudyTables', 'Draws', 'unknown', 'DetectionRuns',
-           'drawn_metric', 'GameRuns', 'game_sums', 'search_trials', 'OurTables', 'Claim', 'Verdict', 'judge', 'placed',
-           'reasoned', 'enumerated', 'claim', 'every_detector', 'steps', 'auc_elsewhere', 'cnns_lose',
-           'cnns_fall_with_b', 'vit_gains', 'higher_b_may_help', 'stable_over_b', 'xception_first', 'ordinary_order',
-           'ffhq_well', 'ffhq_easier', 'all_struggle', 'largest_drop', 'xception_generalises', 'bcos_drops_less',
-           'vit_drops_least', 'vit_poor_elsewhere', 'compression_costs', 'reasonable_at_c40', 'xception_drops_at_c40',
-           'vit_recall', 'videos_beat_frames', 'unweighted_uniform', 'gradcam_beats_bcos', 'lower_b_localizes',
-           'localization_falls_with_b', 'gradcam_best_resnet', 'layercam_best_xception', 'lime_uniform',
-           'bcos_better_on_xception', 'all_better_on_xception', 'over_cams', 'bcos_tends_to_win', 'bcos_always_wins',
-           'cams_win_unweighted', 'cams_win_on_xception', 'cams_alike', 'layercam_weak_on_vit', 'lime_better_at_masks',
-           'masks_suit_bcos', 'bcos_wins_on_its_own', 'alike_on_bcos', 'gain', 'thresholds_help',
-           'thresholds_lift_cams', 'thresholds_help_xception', 'lime_unmoved', 'nothing_left', 'nearly_perfect',
-           'thresholds_help_masks', 'fragile', 'others_fail', 'judged', 'study_verdict', 'claims_table', 'study_effect',
-           'claim_rows', 'effect_svg', 'signed', 'claim_html', 'claims_html']
+           'CELL', 'MASK', 'CUT', 'STUDY_WORDS', 'EXPECTATIONS', 'LEGEND', 'SIGNS', 'LIGHT', 'DARK', 'CLAIMS_STYLE',
+           'Estimate', 'combined', 'mean_of', 'wins_by_video', 'drawn_auc', 'plain_b', 'StudyTables', 'Draws',
+           'unknown', 'DetectionRuns', 'drawn_metric', 'GameRuns', 'game_sums', 'search_trials', 'OurTables', 'Claim',
+           'Verdict', 'judge', 'placed', 'reasoned', 'enumerated', 'claim', 'every_detector', 'steps', 'auc_elsewhere',
+           'cnns_lose', 'cnns_fall_with_b', 'vit_gains', 'higher_b_may_help', 'stable_over_b', 'xception_first',
+           'ordinary_order', 'ffhq_well', 'ffhq_easier', 'all_struggle', 'largest_drop', 'xception_generalises',
+           'bcos_drops_less', 'vit_drops_least', 'vit_poor_elsewhere', 'compression_costs', 'reasonable_at_c40',
+           'xception_drops_at_c40', 'vit_recall', 'videos_beat_frames', 'unweighted_uniform', 'gradcam_beats_bcos',
+           'lower_b_localizes', 'localization_falls_with_b', 'gradcam_best_resnet', 'layercam_best_xception',
+           'lime_uniform', 'bcos_better_on_xception', 'all_better_on_xception', 'over_cams', 'bcos_tends_to_win',
+           'bcos_always_wins', 'cams_win_unweighted', 'cams_win_on_xception', 'cams_alike', 'layercam_weak_on_vit',
+           'lime_better_at_masks', 'masks_suit_bcos', 'bcos_wins_on_its_own', 'alike_on_bcos', 'gain',
+           'thresholds_help', 'thresholds_lift_cams', 'thresholds_help_xception', 'lime_unmoved', 'nothing_left',
+           'nearly_perfect', 'thresholds_help_masks', 'fragile', 'others_fail', 'judged', 'study_verdict',
+           'claims_table', 'study_effect', 'claim_rows', 'effect_svg', 'signed', 'claim_html', 'claims_html']
 
 # %% ../../nbs/reports/claims.ipynb #77dea0ac
 import html
@@ -478,17 +478,17 @@ def reasoned(claim: Claim, verdict: str, table: pd.DataFrame, averaged: bool, wi
     """A verdict's reason in a sentence."""
     rows = table.iloc[1:] if averaged else table
     count, hold, contrary = len(rows), int((rows["holds"] == 1).sum()), int((rows["holds"] == -1).sum())
-    some = f"{hold} of {count} rows hold" + (f", {contrary} {'is' if contrary == 1 else 'are'} contrary" if contrary else "")
+    some = (f"{hold} of {count} rows {'holds' if hold == 1 else 'hold'}" if hold else f"none of {count} rows holds") + (f", {contrary} {'is' if contrary == 1 else 'are'} contrary" if contrary else "")
     wide = f" (interval widened for {count} comparisons)" if widened and count > 1 else ""
     if averaged:
-        return f"On average; alone, {some}."
+        return f"On average; alone {some}."
     if count == 1:
         return {"not decidable": "The interval reaches over the bound."}.get(verdict, "")
     if verdict == "not decidable":
-        return f"{some}; the interval of the row shown reaches over the bound{wide}."
+        return f"{some.capitalize()}; the interval of the row shown reaches over the bound{wide}."
     if claim.need == "any":
-        return f"{some}; the clearest is shown{wide}." if verdict == "confirmed" else f"All {count} rows are contrary; the least is shown."
-    return f"All {count} rows hold; the one with least to spare is shown." if verdict == "confirmed" else f"{some}; the worst is shown{wide}."
+        return f"{some.capitalize()}; the clearest is shown{wide}." if verdict == "confirmed" else f"All {count} rows are contrary; the least is shown."
+    return f"All {count} rows hold; the one with least to spare is shown." if verdict == "confirmed" else f"{some.capitalize()}; the worst is shown{wide}."
 
 
 def enumerated(
@@ -903,6 +903,8 @@ STUDY_WORDS = {"confirmed": "supports it", "refuted": "contradicts it", "not dec
 EXPECTATIONS = ("A verdict is on these runs and on the reading given, nothing more: a miniature of rendered faces says nothing about real forgeries. Intervals are of 95 %, from draws of "
                 "whole videos (in the games: of scenes), so of twenty differences that do not exist, about one is found all the same. How the trained networks would differ with another "
                 "seed is not in them.")
+LEGEND = ("Shaded: where the effect must lie. Dot and line: ours and its interval, with the number of videos of the rarer class, or of scenes. Hollow diamond: the study’s, printed without an "
+          "interval; what its own table says to the sentence is judged with nothing but its rounding.")
 
 
 def judged(
@@ -955,19 +957,25 @@ def claim_rows(
              for one, ours, study in judged(runs) if len(ours.rows)]
     return pd.concat(parts, ignore_index=True)[["claim", *ROW_COLUMNS, "study"]] if parts else pd.DataFrame(columns=["claim", *ROW_COLUMNS, "study"])
 
-# %% ../../nbs/reports/claims.ipynb #176e8ec9
+# %% ../../nbs/reports/claims.ipynb #60711b10
 SIGNS = {"confirmed": "✓", "refuted": "✗", "not decidable": "?"}
-CLAIMS_STYLE = """
-.claims { --yes: #0072b2; --no: #c2540a; --open: #6b7280; --faint: rgba(120, 130, 140, 0.18); font-size: 14px; }
+LIGHT, DARK = "--yes: #0072b2; --no: #b8500a; --open: #69717b; --shade: rgba(110, 120, 130, 0.17);", "--yes: #5bb4ee; --no: #f0964e; --open: #a3abb5; --shade: rgba(150, 160, 170, 0.2);"
+CLAIMS_STYLE = f"""
+.claims {{ {LIGHT} font-size: 14px; }}
+@media (prefers-color-scheme: dark) {{ :root:not([data-theme="light"]) .claims {{ {DARK} }} }}
+:root[data-theme="dark"] .claims {{ {DARK} }}
+@media print {{ :root .claims, :root[data-theme="dark"] .claims {{ {LIGHT} }} }}
+""" + """
 .claims .count { display: flex; flex-wrap: wrap; gap: 10px 26px; margin: 6px 0 14px; } .claims .count b { font-size: 21px; margin-right: 6px; }
 .claims h4 { font-size: 13px; letter-spacing: 0.04em; text-transform: uppercase; opacity: 0.7; margin: 26px 0 2px; }
-.claims .one { display: grid; grid-template-columns: 122px minmax(0, 1fr) 250px; gap: 2px 18px; padding: 10px 0; border-top: 1px solid var(--faint); }
+.claims .one { display: grid; grid-template-columns: 122px minmax(0, 1fr) 250px; gap: 2px 18px; padding: 10px 0; border-top: 1px solid var(--shade); }
 .claims .confirmed { color: var(--yes); } .claims .refuted { color: var(--no); } .claims .open { color: var(--open); }
 .claims .verdict { font-weight: 600; white-space: nowrap; } .claims .verdict i { font-style: normal; display: inline-block; width: 1.2em; }
 .claims .words { font-weight: 600; } .claims .words span { font-weight: 400; opacity: 0.65; font-size: 12.5px; margin-left: 6px; }
 .claims .small { font-size: 12.5px; line-height: 1.45; opacity: 0.78; max-width: none; margin: 2px 0 0; } .claims .number { font-variant-numeric: tabular-nums; font-size: 12.5px; line-height: 1.4; }
 .claims details { font-size: 12.5px; margin-top: 3px; } .claims summary { cursor: pointer; opacity: 0.7; } .claims svg { display: block; overflow: visible; }
-.claims details .row { display: grid; grid-template-columns: minmax(0, 1fr) 160px 168px; gap: 10px; align-items: center; padding: 1px 0; font-variant-numeric: tabular-nums; }
+.claims details .row { display: grid; grid-template-columns: minmax(0, 1fr) 160px 184px; gap: 10px; align-items: center; padding: 1px 0; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.claims details .row > span:first-child { overflow: hidden; text-overflow: ellipsis; }
 @media (max-width: 720px) { .claims .one { grid-template-columns: minmax(0, 1fr); } }
 """
 
@@ -990,7 +998,7 @@ def effect_svg(
     theirs = "" if math.isnan(study) else f'<path d="M{at(study):.1f} {middle - 5}l5 5l-5 5l-5 -5z" fill="none" stroke="currentColor" opacity="0.6"/>'
     ours = "" if math.isnan(effect) else (f'<line x1="{at(low):.1f}" x2="{at(high):.1f}" y1="{middle}" y2="{middle}" stroke="{colour}" stroke-width="2.5"/>'
                                           f'<circle cx="{at(effect):.1f}" cy="{middle}" r="4" fill="{colour}"/>')
-    return (f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" aria-hidden="true"><rect x="{left:.1f}" width="{right - left:.1f}" height="{height}" fill="var(--faint)"/>'
+    return (f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" aria-hidden="true"><rect x="{left:.1f}" width="{right - left:.1f}" height="{height}" fill="var(--shade)"/>'
             f"{edges}{theirs}{ours}</svg>")
 
 
@@ -1031,7 +1039,7 @@ def claims_html(
     counts = {verdict: sum(ours.verdict == verdict for _, ours, _ in found) for verdict in SIGNS}
     against, testable = (sum(test(study) for *_, study in found) for test in (lambda study: study.verdict == "refuted", lambda study: len(study.rows) > 0))
     text = "".join(f'<span class="{ {"not decidable": "open"}.get(verdict, verdict)}"><b>{count}</b>{SIGNS[verdict]} {verdict}</span>' for verdict, count in counts.items())
-    body = f'<div class="count">{text}<span><b>{against}</b>of the {testable} that the study’s own tables can test are contradicted by them</span></div><p class="small">{EXPECTATIONS}</p>'
+    body = f'<div class="count">{text}<span><b>{against}</b>of the {testable} that the study’s own tables can test are contradicted by them</span></div><p class="small">{EXPECTATIONS}</p><p class="small">{LEGEND}</p>'
     for about in dict.fromkeys(one.about for one, *_ in found):
         body += f"<h4>{html.escape(about)}</h4>" + "".join(claim_html(*three) for three in found if three[0].about == about)
     return (f"<style>{CLAIMS_STYLE}</style>" if style else "") + f'<div class="claims">{body}</div>'

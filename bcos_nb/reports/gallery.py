@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MAIN', 'ORDER', 'POST_HOC', 'SIDE', 'FINE', 'INSIDE', 'OUTSIDE', 'FORM', 'HEAT_WORDS', 'Trained', 'trained_detectors',
-           'find_dataset', 'middle_frames', 'fake_probabilities', 'median_frames', 'Faces', 'explain_faces', 'GridMaps',
-           'explain_grids', 'resized', 'Cell', 'sheet', 'draw_cell', 'heat_tile', 'colour_tile', 'compact',
-           'image_html', 'called', 'faces_figure', 'fakes_box', 'grid_figure', 'one_grid_figure', 'two_colours',
-           'fractions', 'mask_game_figure', 'write_fractions', 'key_of', 'write_arrays', 'read_arrays', 'made_once',
-           'pack_faces', 'unpack_faces', 'pack_grids', 'unpack_grids', 'faces_kept', 'plain', 'grids_kept', 'preferred',
-           'Gallery', 'Picture', 'what_stands', 'faces_pictures', 'grid_pictures', 'mask_game_picture',
-           'gallery_figures']
+           'find_dataset', 'middle_frames', 'known_scores', 'fake_probabilities', 'median_frames', 'Faces',
+           'explain_faces', 'GridMaps', 'explain_grids', 'resized', 'Cell', 'sheet', 'draw_cell', 'heat_tile',
+           'colour_tile', 'compact', 'image_html', 'called', 'faces_figure', 'fakes_box', 'grid_figure',
+           'one_grid_figure', 'two_colours', 'fractions', 'mask_game_figure', 'write_fractions', 'key_of',
+           'write_arrays', 'read_arrays', 'made_once', 'pack_faces', 'unpack_faces', 'pack_grids', 'unpack_grids',
+           'faces_kept', 'plain', 'grids_kept', 'preferred', 'Gallery', 'Picture', 'what_stands', 'faces_pictures',
+           'grid_pictures', 'mask_game_picture', 'gallery_figures']
 
 # %% ../../nbs/reports/gallery.ipynb #1f9b6ed3
 import base64
@@ -125,6 +125,25 @@ def middle_frames(
     return frames[shown.nonzero()[:, 0]]
 
 
+def known_scores(
+    one: Trained,
+    frames: "Frames",
+) -> pd.DataFrame | None:  # as `score_frames` gives them for these frames
+    """What a detection run of this detector says of the frames; None where there is none, or it lacks some of them."""
+    for file in sorted(one.folder.parent.parent.glob("detect/*/scores.parquet")):
+        try:
+            named = json.loads((file.parent / "params.json").read_text(encoding="utf-8")).get("detector")
+            if not named or not (file.parent / "metrics.json").is_file() or (file.parent / named).resolve() != one.folder.resolve():
+                continue
+            scores = pd.read_parquet(file, columns=["frame", "label", "probability", "logit_real", "logit_fake"]).drop_duplicates("frame").set_index("frame")
+        except (OSError, ValueError, KeyError):
+            continue
+        wanted = pd.Index(frames.catalog["frame"])
+        if wanted.isin(scores.index).all():
+            return scores.loc[wanted].reset_index()
+    return None
+
+
 @torch.no_grad()
 def fake_probabilities(
     detector: torch.nn.Module,
@@ -216,14 +235,15 @@ def explain_grids(
     bcos: Trained,
     frames: "Frames",
     *,
-    count: int = 8,  # grids to choose from
-    lime: int | None = 64,  # samples; None: without LIME
+    count: int = 4,  # grids to choose from
+    lime: int | None = 48,  # samples; None: without LIME
 ) -> GridMaps:
     """Two grids that both detectors are sure of, at the lower and the upper quartile of their maps' mean score. Raises ValueError where there are no such grids."""
     networks = [ordinary.load(), bcos.load()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there are fewer than asked for
-        grids = build_grids(networks, frames, count=count)
+        known = [known_scores(one, frames) for one in (ordinary, bcos)]
+        grids = build_grids(networks, frames, count=count, scores=None if any(scores is None for scores in known) else known)
     images, regions = grids.images(range(len(grids))), grids.regions(range(len(grids)))
     device, windows = next(networks[0].parameters()).device, usual_windows(networks[0], grids.cell)
     explained = lambda network, batch, methods, options=None: explain_whole_or_windows(network, batch.to(device), methods, options, windows)
@@ -411,7 +431,7 @@ def one_grid_figure(
     threshold: float = 0.5,
 ) -> Figure:
     """The B-cos map of one grid, Figure 2 of the study."""
-    side, g = 236, len(grids.images) - 1
+    side, g = 236, 0
     box, whole, cut = fakes_box(grids.regions[g]), grids.scores()["bcos"][g], grids.scores(threshold)["bcos"][g]
     row = [Cell(resized(grids.images[g], round(side * FINE)), box=box, below="the fake’s cell is outlined"),
            Cell(heat_tile(grids.images[g], grids.maps["bcos"][g], side=side), box=box, below=f"share in the cell {whole:.2f}"),
@@ -655,7 +675,8 @@ class Gallery:
 
     def _choose(self) -> tuple[dict[str, np.ndarray], dict]:
         frames = self.frames()
-        probability = torch.stack([fake_probabilities(one.load(), frames.images) for one in self.detectors]).mean(0).numpy()
+        known = [known_scores(one, frames) for one in self.detectors]
+        probability = np.mean([fake_probabilities(one.load(), frames.images).numpy() if scores is None else scores["probability"] for one, scores in zip(self.detectors, known)], axis=0)
         rows = median_frames(frames.catalog, probability)
         some, methods = frames.catalog.iloc[rows], ["real" if row.label == 0 else row.method for row in frames.catalog.iloc[rows].itertuples()]
         rule = f"Of each method, and of the real videos, the middle frame of that video is shown which has the median of the mean p(fake) of all {len(self.detectors)} detectors"
@@ -758,7 +779,7 @@ def grid_pictures(gallery: Gallery, family: str, number: int | None, threshold: 
     scores = "; ".join(f"{explainer_name(one)} {' and '.join(f'{value:.2f}' for value in values)}" for one, values in grids.scores().items())
     made = [Picture(name, title + common, figure, f"{len(grids.images)} grids of {arch_name(family)} with maps and scores: {scores}")]
     if family == "resnet34":
-        made.insert(0, Picture("figure_2", second + common, one_grid_figure(grids, threshold), f"A grid of nine faces and the map of the B-cos network with {b_name(grids.b)}"))
+        made.insert(0, Picture("figure_2", f"{second} It is the first one of Figure 11.{what_stands(gallery, family)}", one_grid_figure(grids, threshold), f"A grid of nine faces and the map of the B-cos network with {b_name(grids.b)}"))
     return made
 
 

@@ -58,7 +58,7 @@ code { font-size: 0.88em; background: var(--tint); border-radius: 4px; padding: 
 figure { margin: 22px 0 34px; scroll-margin-top: 12px; } figure.below { margin: 0 0 34px; }
 figure img { display: block; max-width: 100%; height: auto; border-radius: 6px; }
 figcaption { color: var(--muted); font-size: 14px; line-height: 1.5; max-width: 98ch; margin: 8px 0; } figcaption b { color: var(--ink); }
-.plot { overflow-x: auto; } .plot svg text { cursor: default; }
+.plot { overflow-x: auto; } .plot .updatemenu-item-rect[style*="244, 250, 255"] { fill: var(--within) !important; }
 .note { color: var(--muted); font-size: 14px; }
 .warning { border-left: 3px solid var(--mark); background: var(--warn); padding: 8px 14px; border-radius: 0 6px 6px 0; max-width: 78ch; font-size: 15px; }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--muted); font-size: 14px; }
@@ -189,7 +189,7 @@ def write_report(
     out: str | Path | None = None,  # the page to write; <runs_dir>/report/report.html if None
     *,
     static: bool = False,  # whether PNG and SVG of the figures are made too, where there is a Chrome or Chromium
-    timeout: float = 900,  # seconds that the notebook may take
+    timeout: float = 1800,  # seconds that the notebook may take; the pictures of many detectors take minutes the first time
 ) -> Path:  # the page
     """Makes the report of a folder of runs: one HTML file that is readable offline; beside it the executed notebook, `tables/` and `figures/`.
 

@@ -418,7 +418,7 @@ class Report:
             return gallery_figures(self.found)
 
         if self.pictures is None:
-            self.pictures = self.made("Pictures of maps", pictures, "mask_game") or []
+            self.pictures = [tuple(picture) for picture in self.made("Pictures of maps", pictures, "mask_game") or []]
         experiment, shown = "grid_game" if part == "grid" else "mask_game", [one for one in self.pictures if part_of(one[0]) == part]
         for name, caption, picture, described in shown:
             number, words = name.removeprefix("figure_"), re.sub(r"^The study’s Figure \d+: ", "", caption)

@@ -94,7 +94,8 @@ def dataset_table(
     for heading, some in (("Datasets of these runs", rows[rows["data"] != ""]), ("Datasets of the study that no run here used", rows[rows["data"] == ""])):
         body = []
         for row in some.itertuples():
-            pairs = ((row.real, row.real_videos), (row.fake, row.fake_videos), (row.real + row.fake, row.total_videos), (row.methods, row.synthesis_methods), (row.compressions, row.perturbations))
+            pairs = ((row.real, row.real_videos), (row.fake, row.fake_videos), (row.real + row.fake, row.total_videos), (row.methods, row.synthesis_methods),
+                     (row.compressions or math.nan, row.perturbations))
             cells = [Cell(number(ours), study=number(theirs)) for ours, theirs in pairs]
             cells += [Cell(number(row.frames)), Cell(" / ".join(number(getattr(row, split)) for split in SPLITS)), Cell(row.why or f"in {row.data}")]
             body.append((row.dataset, cells))
