@@ -158,19 +158,24 @@ def read_jobs(
     grid: str,          # a preset's name, a preset's YAML or a grid's YAML
     out: Path | None,   # folder of the runs; None: runs/<name>
     data: Path | None,  # the dataset's root; None: what the preset says
-    experiments: tuple[str, ...] | None = None,  # which of a preset's; None: what it says
+    task: str | None = None,  # of TASKS; None: all that a preset says
     words: list[str] | None = None,  # of --only
 ) -> tuple[list, Path]:  # jobs, folder of the runs
     """The jobs of a preset or grid, in order of importance."""
     from bcos_nb.batch.grid_run import grid_rows, plan_jobs
-    from bcos_nb.batch.presets import load_preset, notebook_of, only, preset_jobs, read_yaml, without
+    from bcos_nb.batch.presets import load_preset, notebook_of, only, preset_jobs, read_yaml, with_needs, without
 
     path = Path(grid)
     content = read_yaml(path) if path.is_file() else None
     if not (isinstance(content, dict) and "notebook" in content):
         preset = load_preset(grid)
         runs = out or Path("runs") / preset["name"]
-        planned = preset_jobs(preset, runs, data, experiments)
+        planned = preset_jobs(preset, runs, data, TASKS.get(task))
+        rules = (preset.get("tasks") or {}).get("detection" if task == "detection" else "games") if task and not words else None
+        if rules:  # a preset says which of its detectors the short way takes
+            planned = with_needs(planned, [{"experiment": list(TASKS[task]), **rule} for rule in rules])
+            if not planned:
+                raise ValueError(f"The preset {preset['name']}, tasks: its rules for {task} fit no run. Give rules such as {{arch: resnet34, b: [null, 2]}}.")
         return only(planned, words) if words else planned, runs
     unknown = sorted(set(content) - {"notebook", "grid", "exclude", "out"})
     if unknown or "grid" not in content:
@@ -330,7 +335,7 @@ def run(
     if preset and grid not in TASKS:
         raise ValueError(f"--preset goes with {' or '.join(TASKS)}, not with {grid}. Give the preset as the argument: bcos-nb run {preset}.")
     source, limit = (preset or "mini") if grid in TASKS else grid, parse_duration(time_limit) if time_limit else None
-    planned, runs = read_jobs(source, out, data, TASKS.get(grid), only)
+    planned, runs = read_jobs(source, out, data, grid if grid in TASKS else None, only)
     if dry_run:
         show_plan(planned, runs, jobs)
         return

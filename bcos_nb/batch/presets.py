@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'GAMES', 'TEST_SET', 'EVALUATIONS', 'EXPERIMENTS', 'PLACES', 'UNSET', 'preset_names', 'load_preset',
            'read_yaml', 'listed', 'check_names', 'check_experiments', 'value_of', 'fits', 'there_is', 'without', 'only',
-           'multiplied', 'detector_rows', 'preset_jobs', 'search_jobs', 'once', 'notebook_of', 'preset_datasets']
+           'with_needs', 'multiplied', 'detector_rows', 'preset_jobs', 'search_jobs', 'once', 'notebook_of',
+           'preset_datasets']
 
 # %% ../../nbs/batch/presets.ipynb #b6aa515e
 import itertools
@@ -31,6 +32,7 @@ SECTIONS: dict[str, set[str] | None] = {  # keys of each section; None: the sect
               "grids", "n", "min_confidence", "seed", "mask", "grid"},
     "search": {"arch", "b", "form", "trials", "epochs", "batch_size", "width", "options", "training", "seed", "data"},
     "exclude": None,
+    "tasks": {"detection", "games"},
 }
 GAMES = {  # settings of one game only
     "mask": {"frames_per_video", "faithfulness", "controls", "measures", "explainers", "options"},
@@ -198,9 +200,17 @@ def only(
         if not any(fits(job, {key: value}) for job in jobs):
             raise ValueError(f"--only {word} names no run of this grid. There is {there_is(jobs)}; or give parameter=value.")
         rule.setdefault(key, []).append(value)
-    chosen = {job.run_dir for job in jobs if fits(job, rule)}
-    if not chosen:
+    if not any(fits(job, rule) for job in jobs):
         raise ValueError(f"--only {' '.join(words)}: no run is all of this at once. There is {there_is(jobs)}.")
+    return with_needs(jobs, [rule])
+
+
+def with_needs(
+    jobs: Sequence[Job],
+    rules: Sequence[Mapping[str, Any]],  # one of which is enough
+) -> list[Job]:                          # in the order of jobs
+    """The runs that fit a rule, and those that they depend on."""
+    chosen = {job.run_dir for job in jobs if any(fits(job, rule) for rule in rules)}
     needs = {job.run_dir: set(job.after) for job in jobs}
     while more := set().union(*(needs.get(folder, set()) for folder in chosen)) - chosen:
         chosen |= more

@@ -24,7 +24,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
-from .. import __version__
+from . import __version__
 from .beyond_tables import departure_rows, departure_table, faithfulness_figure, faithfulness_rows, faithfulness_table, read_side_tables
 from .departure_figures import departure_figure
 from .detection_tables import DETECTION_TABLES, all_tables, detection_table, read_results
