@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from bcos_nb.batch.presets import detector_rows, load_preset, preset_jobs
+from bcos_nb.cli import read_jobs
 from bcos_nb.models import list_detectors
 from bcos_nb.training import FitConfig
 from bcos_nb.training.presets import preset, preset_files, preset_table
@@ -135,3 +136,21 @@ def test_a_part_of_a_grid_is_a_part_of_the_whole(name, experiments):
     grid = load_preset(name)
     whole, part = ({job.run_dir for job in preset_jobs(grid, "runs", experiments=asked)} for asked in (None, experiments))
     assert part <= whole and bool(part) == (experiments != ("search",) or "search" in grid)
+
+
+def test_a_task_takes_the_detectors_that_the_preset_names_for_it_with_what_they_need(tmp_path):
+    whole, _ = read_jobs("mini", tmp_path, None)
+    detectors = lambda jobs, kind: {(job.params["arch"], job.params["b"]) for job in jobs if job.notebook.stem == kind and job.run_dir.parent.parent == tmp_path}
+    short = {("resnet34", b) for b in (None, 1.25, 1.75, 2, 2.5)} | {("xception", None), ("xception", 2.5), ("vitc_ti", None), ("vitc_ti", 2)}
+    for task, kinds in (("detection", {"detect"}), ("games", {"mask_game", "grid_game"})):
+        jobs, _ = read_jobs("mini", tmp_path, None, task)
+        folders = {job.run_dir for job in jobs}
+        assert {job.notebook.stem for job in jobs} == kinds | {"train"} and folders < {job.run_dir for job in whole}
+        assert all(set(job.after) <= folders for job in jobs)
+        assert all(detectors(jobs, kind) == short for kind in kinds | {"train"})
+        assert detectors(read_jobs("mini", tmp_path, None, task, ["vgg16"])[0], "train") == {("vgg16", b) for b in (None, 1.25, 1.75, 2, 2.5)}  # --only asks for more
+    own = tmp_path / "own.yaml"
+    own.write_text("data: {root: data}\ndetectors: {arch: resnet10, b: [null, 2]}\ntasks: {games: [{arch: xception}]}\n")
+    with pytest.raises(ValueError, match="rules for games fit no run"):
+        read_jobs(str(own), tmp_path, None, "games")
+    assert len(read_jobs(str(own), tmp_path, None, "detection")[0]) == 4
