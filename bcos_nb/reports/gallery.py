@@ -508,7 +508,7 @@ def write_fractions(figure: Figure, row: int, attribution: np.ndarray, mask: np.
             figure.text(left / width, y, weighting, color=INK, size=9, va="center")
             figure.text((left + 138) / width, y, f"{inside:.0f}", color=np.array(INSIDE) / 255, size=9, va="center", ha="right")
             figure.text((left + 143) / width, y, f"/ {whole:.0f}", color=INK, size=9, va="center")
-            figure.text((left + 214) / width, y, "=", color=INK, size=9, va="center", ha="center")
+            figure.text((left + 206) / width, y, "=", color=INK, size=9, va="center", ha="center")
             figure.text((left + 256) / width, y, f"{inside / whole if whole else 0:.2f}", color=INK, size=10, va="center", ha="right", weight="bold")
 
 # %% ../../nbs/reports/gallery.ipynb #89780489
