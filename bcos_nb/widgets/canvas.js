@@ -213,7 +213,7 @@ function render({ model, el }) {
   root.dataset.lmSuppressShortcuts = "true";  // or JupyterLab takes the arrow keys
   root.setAttribute("role", "group");
   const table = make("div", "bcos-table", root), gone = new AbortController(), listen = { signal: gone.signal };
-  const state = () => ({ threshold: model.get("threshold"), style: model.get("style"), opacity: model.get("opacity"),
+  const state = () => ({ threshold: model.get("threshold"), style: model.get("look"), opacity: model.get("opacity"),
                          outline: model.get("outline"), brush: model.get("brush") });
   let brushwork = new Brushwork(model.get("palette")), panels = [], waiting = 0, dragged = null, stopped = false;
 
@@ -480,7 +480,7 @@ function render({ model, el }) {
   };
   const colours = () => { brushwork = new Brushwork(model.get("palette")); panels.forEach((panel) => { panel.filled = panel.drawn = null; }); repaint(); };
   const watched = { "change:content": read, "change:side": read, "change:palette": colours, "change:playing": play, "msg:custom": hear };
-  for (const name of ["threshold", "opacity", "style", "outline", "brush", "selected"]) watched[`change:${name}`] = repaint;
+  for (const name of ["threshold", "opacity", "look", "outline", "brush", "selected"]) watched[`change:${name}`] = repaint;
   for (const [name, action] of Object.entries(watched)) model.on(name, action);
   read();
   return () => {

@@ -714,7 +714,7 @@ class Instrument(widgets.VBox):
         self.target = dropdown("explain", [("fake", 1), ("real", 0)], "140px", "52px")
         for control, trait in ((self.threshold, "threshold"), (self.opacity, "opacity"), (self.outline, "outline")):
             widgets.jslink((control, "value"), (self.canvas, trait))
-        self.look.observe(lambda change: setattr(self.canvas, "style", change.new), "value")
+        self.look.observe(lambda change: setattr(self.canvas, "look", change.new), "value")
         self.saving = SaveBar(self.name, self.canvas, self.score_table, self.settings, self.restore, self.page, folder=folder)
         self.chooser.on_change(self.update), self.choice.on_change(self.update), self.canvas.on_step(self.chooser.step)
         self.target.observe(lambda change: self.quiet or self.update(), "value")

@@ -298,7 +298,7 @@ class GridExplorer(widgets.VBox):
         self.links = [widgets.jslink((self.threshold, "value"), (self.canvas, "threshold")), widgets.jslink((self.threshold, "value"), (self.bars, "threshold"))]
         # menus have no value that the browser could link
         self.weighting.observe(lambda change: setattr(self.bars, "weighting", change.new), "value")
-        self.style.observe(lambda change: setattr(self.canvas, "style", change.new), "value")
+        self.style.observe(lambda change: setattr(self.canvas, "look", change.new), "value")
         self.verdict, self.message = widgets.HTML(), widgets.HTML()
         self.board = Thumbnails(side=84, columns=3, description="cells of the grid: choose the one that is to have another face")
         self.candidates = Thumbnails(side=56, description="faces that can be put into the chosen cell")
