@@ -688,8 +688,21 @@ def resident_of_an_epoch(catalog, root, place, times):
     return float(done.stdout)
 
 
+def rows_of_explore(settings, device):
+    """The exploring instruments in a browser, beside what is to be reached."""
+    from explore_bench import REACH, explore_times
+
+    try:
+        found = explore_times()
+    except (Exception, SystemExit) as error:  # no browser, or one that does not start
+        print(f"explore: not measured. {error}")
+        return
+    for work, value in found.items():
+        yield row(work, [value], [REACH[work]], beside="reach", at_most=1.0, note="" if "MB" not in work else "megabytes, not seconds")
+
+
 ROWS = dict(forward=rows_of_forward, steps=rows_of_steps, compiled=rows_of_compiled, memory=rows_of_memory, explanations=rows_of_explanations, lime=rows_of_lime,
-            layers=rows_of_layers, games=rows_of_games, training=rows_of_training, catalog=rows_of_catalog, loading=rows_of_loading, forging=rows_of_forging)
+            layers=rows_of_layers, games=rows_of_games, training=rows_of_training, catalog=rows_of_catalog, loading=rows_of_loading, forging=rows_of_forging, explore=rows_of_explore)
 COLUMNS = ("room work beside b precision ours_s theirs_s ratio lowest highest ratio_is target reached ours_mb theirs_mb repeats note "
            "arch side batch torch device cpu cores threads gpu python date disturbed").split()
 

@@ -214,7 +214,8 @@ function render({ model, el }) {
   root.setAttribute("role", "group");
   const table = make("div", "bcos-table", root), gone = new AbortController(), listen = { signal: gone.signal };
   const state = () => ({ threshold: model.get("threshold"), style: model.get("look"), opacity: model.get("opacity"),
-                         outline: model.get("outline"), brush: model.get("brush") });
+                         outline: model.get("outline"),
+                         brush: dragged && dragged.box ? dragged.box : model.get("brush") });  // what is being dragged stays here until it is let go
   let brushwork = new Brushwork(model.get("palette")), panels = [], waiting = 0, dragged = null, stopped = false;
 
   const later = {};  // what Python hears of, at most every 80 ms
@@ -355,8 +356,8 @@ function render({ model, el }) {
       if (!dragged || dragged.panel !== panel) return;
       const [a, b] = at(event), [c, d] = dragged.start;
       if (Math.abs(a - c) < 1 && Math.abs(b - d) < 1) return;
-      dragged.moved = true;
-      model.set("brush", [Math.floor(Math.min(a, c)), Math.floor(Math.min(b, d)), Math.ceil(Math.max(a, c)), Math.ceil(Math.max(b, d))]);
+      dragged.box = [Math.floor(Math.min(a, c)), Math.floor(Math.min(b, d)), Math.ceil(Math.max(a, c)), Math.ceil(Math.max(b, d))];
+      repaint();
     };
     if (model.get("plain")) {
       panel.stage.addEventListener("pointerdown", (event) => {
@@ -379,14 +380,15 @@ function render({ model, el }) {
       event.preventDefault();  // no text is selected; the focus is taken by hand
       root.focus({ preventScroll: true });
       panel.stage.setPointerCapture(event.pointerId);
-      dragged = { panel, start: at(event), moved: false };
+      dragged = { panel, start: at(event), box: null };
       model.set("selected", panel.index);
     }, listen);
     const end = (event) => {
       if (!dragged) return;
       stretch(event);  // a busy page hears of the last movement only now
-      if (!dragged.moved) model.set("brush", null);
+      const { box } = dragged;
       dragged = null;
+      model.set("brush", box);
       model.save_changes();
     };
     panel.stage.addEventListener("pointerup", end, listen);

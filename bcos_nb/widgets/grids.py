@@ -388,6 +388,7 @@ class GridExplorer(widgets.VBox):
     def offer(self) -> None:
         """The faces of the chosen kind, those first of which the detector is surest; none before a cell is chosen."""
         cell = self.chosen_cell
+        self.kind.layout.display = "none" if cell is None else "flex"
         if cell is None:
             self.offered = []
             self.hint.value = "Choose a cell of the grid to put another face into it."
