@@ -186,7 +186,7 @@ STYLE = """<style>
 .bcos-explorer .bcos-saved, .bcos-explorer .bcos-doing { font-size: 12px; opacity: 0.8; } .bcos-explorer .widget-checkbox { width: auto; margin-right: 10px; }
 .bcos-explorer table { border-collapse: collapse; font-size: 12px; line-height: 1.5; font-variant-numeric: tabular-nums; }
 .bcos-explorer td, .bcos-explorer th { padding: 1px 10px 1px 0; text-align: right; } .bcos-explorer td:first-child, .bcos-explorer th:first-child { text-align: left; }
-.bcos-explorer .bcos-flow { flex-wrap: wrap; } .bcos-explorer .progress { height: 6px; margin: 0; }
+.bcos-explorer .bcos-flow { flex-wrap: wrap; } .bcos-explorer .bcos-doing, .bcos-explorer .bcos-doing .widget-html-content { min-height: 0; line-height: 1.2; } .bcos-explorer .progress { height: 6px; margin: 0; }
 </style>"""
 ALL = (0.0, 1.0)
 
@@ -698,8 +698,8 @@ class Instrument(widgets.VBox):
         self.cache, self.background = ExplanationCache(max_bytes) if cache is None else cache, Background()
         self.shown: Shown | None = None
         self.ahead: list = []
-        self.message, self.bar = widgets.HTML(), widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="220px", visibility="hidden"))
-        self.words = widgets.HTML()
+        self.message, self.bar = widgets.HTML(layout=widgets.Layout(margin="0")), widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="220px", display="none"))
+        self.words = widgets.HTML(layout=widgets.Layout(margin="0"))
         self.words.add_class("bcos-doing")
         self.chooser = FrameChooser(self.detectors, frame_sets(frames, size), self.cache, self.background, doing=self.doing, failed=self.failed)
         self.choice = MapChoice(self.detectors, explainers, rows=rows, columns=columns)
@@ -777,7 +777,7 @@ class Instrument(widgets.VBox):
 
     def doing(self, share: float | None, words: str) -> None:
         """Shows how far some work is; None: it is done."""
-        self.bar.layout.visibility = "hidden" if share is None else "visible"
+        self.bar.layout.display = "none" if share is None else "flex"
         self.bar.value = share or 0.0
         self.words.value = html.escape(words)
 
