@@ -682,7 +682,7 @@ class Instrument(widgets.VBox):
         explainers: Sequence[str] | None = None,  # to offer, the first are ticked; None: all that serve
         *,
         size: int | None = None,  # side of the images of a catalogue; None: that of its first frame
-        side: int = 256,  # side of a map on the screen at most, pixels
+        side: int = 220,  # of a map on the screen at most, pixels
         width: int = 1090,  # of the whole, pixels
         threshold: float = 0.0,  # at first
         ahead: int = 4,  # frames explained ahead
@@ -705,10 +705,10 @@ class Instrument(widgets.VBox):
         self.choice = MapChoice(self.detectors, explainers, rows=rows, columns=columns)
         self.canvas = MapCanvas(threshold=threshold, side=side, arrows="frames", description="attribution maps: up and down move the threshold, left and right the frame")
         self.threshold = widgets.FloatSlider(value=threshold, min=0, max=1, step=0.01, readout_format=".2f", description="threshold", style={"description_width": "66px"},
-                                             layout=widgets.Layout(width="430px"))
+                                             layout=widgets.Layout(width="400px"))
         self.threshold.add_class("bcos-threshold")
         self.opacity = widgets.FloatSlider(value=0.9, min=0, max=1, step=0.05, readout=False, description="opacity", style={"description_width": "54px"},
-                                           layout=widgets.Layout(width="210px"))
+                                           layout=widgets.Layout(width="160px"))
         self.outline = widgets.Checkbox(True, description="mask outline", indent=False, layout=widgets.Layout(width="auto"))
         self.look = dropdown("maps", list(STYLES), "170px", "40px")
         self.target = dropdown("explain", [("fake", 1), ("real", 0)], "140px", "52px")
