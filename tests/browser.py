@@ -163,7 +163,7 @@ def theme(page, name: str) -> None:
     page.get_by_role("menuitem", name="Settings", exact=True).click()
     page.get_by_text("Theme", exact=True).hover()
     page.get_by_text(name, exact=True).click()
-    page.locator(f'body[data-jp-theme-name="{name}"]').wait_for()
+    page.locator(f'body[data-jp-theme-name="{name}"]').wait_for(state="attached")
     page.wait_for_timeout(300)
 
 

@@ -304,7 +304,7 @@ function render({ model, el }) {
     mark(now.threshold);
   }
 
-  function mark(threshold, again = 10) {  // a line at the threshold over every plot of the named figure, whose x axis is [0, 1]
+  function mark(threshold, again = 200) {  // a line at the threshold over every plot of the named figure, whose x axis is [0, 1]
     const name = model.get("marks");
     if (!name) return;
     let missing = true;
@@ -322,7 +322,8 @@ function render({ model, el }) {
         missing = missing && box.width === 0;
       });
     }
-    if (missing && again > 0) setTimeout(() => { if (!stopped) mark(model.get("threshold"), again - 1); }, 300);  // the figure is drawn a little later
+    clearTimeout(state.marker);
+    if (missing && again > 0) state.marker = setTimeout(() => { if (!stopped) mark(model.get("threshold"), again - 1); }, 300);  // the figure is drawn a little later
   }
   const repaint = () => { if (!waiting) waiting = requestAnimationFrame(paint); };
 
