@@ -304,10 +304,9 @@ function render({ model, el }) {
     mark(now.threshold);
   }
 
-  function mark(threshold, again = 200) {  // a line at the threshold over every plot of the named figure, whose x axis is [0, 1]
+  function mark(threshold) {  // a line at the threshold over every plot of the named figure, whose x axis is [0, 1]
     const name = model.get("marks");
     if (!name) return;
-    let missing = true;
     for (const figure of document.querySelectorAll(`.${name} .svg-container`)) {
       const ground = figure.getBoundingClientRect(), places = figure.querySelectorAll(".nsewdrag");
       let lines = figure.querySelectorAll(":scope > .bcos-mark");
@@ -319,11 +318,8 @@ function render({ model, el }) {
         const box = place.getBoundingClientRect();
         Object.assign(lines[k].style, { left: `${box.left - ground.left + threshold * box.width}px`, top: `${box.top - ground.top}px`, height: `${box.height}px` });
         lines[k].dataset.threshold = threshold.toFixed(2);
-        missing = missing && box.width === 0;
       });
     }
-    clearTimeout(state.marker);
-    if (missing && again > 0) state.marker = setTimeout(() => { if (!stopped) mark(model.get("threshold"), again - 1); }, 300);  // the figure is drawn a little later
   }
   const repaint = () => { if (!waiting) waiting = requestAnimationFrame(paint); };
 
@@ -486,9 +482,11 @@ function render({ model, el }) {
   for (const name of ["threshold", "opacity", "look", "outline", "brush", "selected"]) watched[`change:${name}`] = repaint;
   for (const [name, action] of Object.entries(watched)) model.on(name, action);
   read();
+  const marking = setInterval(() => mark(model.get("threshold")), 500);  // a figure is drawn later than the canvas, drawn anew, or resized
   return () => {
     stopped = true;
     clearInterval(state.player);
+    clearInterval(marking);
     gone.abort();
     for (const [name, action] of Object.entries(watched)) model.off(name, action);
   };

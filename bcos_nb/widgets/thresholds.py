@@ -329,7 +329,8 @@ class ThresholdExplorer(Instrument):
                 for old, new in zip(self.curves.data, traces):
                     old.y = new.y
         else:
-            self.curves.data = []
+            if self.curves.data:  # plotly fails where there is nothing to delete
+                self.curves.data = []
             self.curves.add_traces(traces)
 
     def show_table(self) -> None:
