@@ -231,7 +231,7 @@ class ThresholdExplorer(Instrument):
         """The button to play, the curves and whose they are."""
         self.play = widgets.ToggleButton(False, icon="play", tooltip="move the threshold by itself", layout=widgets.Layout(width="38px"))
         widgets.jslink((self.play, "value"), (self.canvas, "playing"))
-        self.scope = widgets.ToggleButtons(options=["this frame", "mean of the chosen frames"], description="curves of", style={"description_width": "66px", "button_width": "190px"})
+        self.scope = widgets.ToggleButtons(options=["this frame", "mean of the chosen frames"], description="curves of", style={"description_width": "66px", "button_width": "230px"})
         self.most = dropdown("at most", [("50 frames", 50), ("100 frames", 100), ("200 frames", 200), ("all frames", None)], "190px", "54px")
         self.curves, self.table = empty_curves(self.room - 10), widgets.HTML()
         self.means: pd.DataFrame | None = None
