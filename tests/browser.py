@@ -135,7 +135,7 @@ def open_notebook(
     """A page on which all cells of a notebook run; `page.errors` must stay empty, and is held to at the end."""
     page = browser.new_page(viewport={"width": width, "height": height})
     page.errors = []
-    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.on("pageerror", lambda error: page.errors.append(f"{error} {(error.stack or str())[:900]}"))
     page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
     page.set_default_timeout(60_000)
     page.goto(server.notebook(name))
@@ -163,7 +163,7 @@ def theme(page, name: str) -> None:
     page.get_by_role("menuitem", name="Settings", exact=True).click()
     page.get_by_text("Theme", exact=True).hover()
     page.get_by_text(name, exact=True).click()
-    page.locator(f'body[data-jp-theme-name="{name}"]').wait_for()
+    page.locator(f'body[data-jp-theme-name="{name}"]').wait_for(state="attached")
     page.wait_for_timeout(300)
 
 

@@ -34,7 +34,7 @@ def frames(count, side):
 
 detectors = {"B = 2": create_detector("resnet10", b=2, width=0.5, stem="fine", energy_stem=True).eval()}  # the demo's, untrained
 """
-FOUR = OPEN + 'ThresholdExplorer(detectors, frames(40, 256), ["bcos", "gradcam", "gradcam++", "layercam"], threshold=0.2, ahead=0)'
+FOUR = OPEN + 'ThresholdExplorer(detectors, frames(40, 256), ["bcos", "gradcam", "gradcam++", "layercam"], threshold=0.2, ahead=0, side=256)'
 FIVE = OPEN + 'ThresholdExplorer(detectors, frames(200, 128), ["bcos", "gradcam", "gradcam++", "xgradcam", "layercam"], columns=5, threshold=0.2, ahead={ahead})'
 NEXT = """async (count) => {  // milliseconds from the arrow key to the next frame's maps
   const canvas = [...document.querySelectorAll(".bcos-canvas")].at(-1), taken = [];

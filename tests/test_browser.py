@@ -149,7 +149,9 @@ def test_attributions(lab, expected, chromium):
         page.wait_for_function("() => document.querySelectorAll('.bcos-panel .bcos-score b').length === 6")
         wait_for(page, lambda: numbers(page, 0), expected.scores(2.0, "bcos", 1, round(threshold + 0.01, 2)))
         page.locator("select:has(option[value='contours'])").select_option("contours")
-        page.locator("input[type=file]").set_input_files(saved)
+        with page.expect_file_chooser() as chosen:
+            page.get_by_role("button", name="restore").click()
+        chosen.value.set_files(saved)
         page.locator(".bcos-saved", has_text="Restored").wait_for()
         for panel, (b, explainer) in enumerate(MAPS):
             wait_for(page, lambda: numbers(page, panel), expected.scores(b, explainer, 0, threshold))

@@ -112,12 +112,12 @@ def test_grids(lab, demo, chromium):  # noqa: F811
 
         # The grids of the run, from the worst on.
         menus.first.select_option(index=1)
-        page.get_by_text(re.compile("Grid 1 of 4, from worst to best")).wait_for()
+        page.get_by_text(re.compile("grid 1 of 4, from worst to best")).wait_for()
         scores = pd.read_parquet(demo / "runs" / "demo" / "grid_game" / "resnet10-b2" / "scores.parquet")
         ranked = sorted(scores[(scores.explainer == "bcos") & (scores.weighting == "weighted") & (scores.threshold == 0)].score)
         assert f"{ranked[0]:.4f}" in page.locator(".bcos-grids .bcos-verdict").inner_text()
         page.locator("button[title='a better grid']").click()
-        page.get_by_text(re.compile("Grid 2 of 4")).wait_for()
+        page.get_by_text(re.compile("grid 2 of 4")).wait_for()
         assert f"{ranked[1]:.4f}" in page.locator(".bcos-grids .bcos-verdict").inner_text()
         assert page.locator(".bcos-grids [role=alert]").count() == 0
         theme(page, "JupyterLab Dark")

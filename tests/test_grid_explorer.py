@@ -134,7 +134,7 @@ def test_composing_by_hand(explorer, frames):
     real = int(np.flatnonzero(frames.labels.numpy() == 0)[0])
     for cell in list(explorer.fake_cells):
         explorer.put(cell, real)
-    assert explorer.fake_cells == [] and "no fake in this grid" in explorer.verdict.value and explorer.canvas.content["panels"][1]["mask"] == -1
+    assert explorer.fake_cells == [] and "here is no fake in this grid" in explorer.verdict.value and explorer.canvas.content["panels"][1]["mask"] == -1
     assert explorer.message.value == ""
 
 

@@ -79,7 +79,7 @@ def test_a_moved_control_sends_no_picture():
     canvas = MapCanvas([[Panel(np.zeros((8, 8, 3), np.uint8), np.eye(8))]])
     sent = []
     canvas.send_state = lambda key=None: sent.append(key)
-    canvas.threshold, canvas.style, canvas.opacity, canvas.brush = 0.7, "contours", 0.4, [1, 1, 4, 4]
+    canvas.threshold, canvas.look, canvas.opacity, canvas.brush = 0.7, "contours", 0.4, [1, 1, 4, 4]
     assert "content" not in str(sent) and canvas.threshold == 0.7
 
 
@@ -142,7 +142,7 @@ def test_everything_follows(attributions, frames):
     attributions.target.value = 0
     assert int(attributions.shown.answers[0][0].target[0]) == 0
     attributions.look.value = "signed"
-    assert attributions.canvas.style == "signed" and attributions.message.value == ""
+    assert attributions.canvas.look == "signed" and attributions.message.value == ""
 
 
 def test_hidden_regions(attributions, detectors, frames):

@@ -23,7 +23,8 @@ function render({ model, el }) {
     root.style.gridTemplateColumns = `repeat(${(content.charts || []).length + 1}, minmax(0, ${side}px))`;
     if (n) {
       const key = make("div", "bcos-key", root);
-      make("div", "", key, "share of the map in each cell");
+      make("div", "", key, "share of the map in each cell,");
+      make("div", "bcos-top", key, "");
       make("div", "bcos-key-fake", key, "the fake");
       make("div", "bcos-key-real", key, "real faces");
       make("div", "bcos-key-chance", key, `chance, 1/${n * n}`);
@@ -31,23 +32,28 @@ function render({ model, el }) {
     charts = (content.charts || []).map((chart) => {
       const figure = make("div", "bcos-chart", root), plot = make("div", "bcos-plot", figure);
       figure.setAttribute("role", "img");
-      make("div", "bcos-chance", plot).style.bottom = `${100 / (n * n)}%`;
+      const chance = make("div", "bcos-chance", plot);
       const bars = Array.from({ length: n * n }, (_, cell) => {
         const bar = make("div", content.fakes.includes(cell) ? "bcos-bar bcos-bar-fake" : "bcos-bar", plot);
         bar.title = `row ${Math.floor(cell / n) + 1}, column ${cell % n + 1}`;
         return bar;
       });
-      return { figure, bars, words: make("div", "bcos-winner", figure), name: chart.name, weighted: floats(chart.weighted), unweighted: floats(chart.unweighted) };
+      return { figure, bars, chance, words: make("div", "bcos-winner", figure), name: chart.name, weighted: floats(chart.weighted), unweighted: floats(chart.unweighted) };
     });
     paint();
   }
 
   function paint() {
     const content = model.get("content"), n = content.n || 0, cells = n * n, at = Math.round(model.get("threshold") * 100), weighting = model.get("weighting");
+    const cut = charts.map((chart) => chart[weighting].slice(at * cells, (at + 1) * cells));
+    const most = Math.max(0, ...cut.map((shares) => Math.max(...shares))), top = [0.25, 0.5, 1].find((height) => most <= height) || 1;
+    const told = root.querySelector(".bcos-top");
+    if (told) told.textContent = `a full bar is ${100 * top} %`;
     charts.forEach((chart) => {
+      chart.chance.style.bottom = `${100 / cells / top}%`;
       const shares = [...chart[weighting].slice(at * cells, (at + 1) * cells)], best = shares.reduce((a, b, k) => b > shares[a] ? k : a, 0);
       shares.forEach((share, cell) => {
-        chart.bars[cell].style.height = `${100 * share}%`;
+        chart.bars[cell].style.height = `${100 * share / top}%`;
         chart.bars[cell].classList.toggle("bcos-bar-best", shares[best] > 0 && cell === best);
       });
       const found = content.fakes.includes(best), place = `row ${Math.floor(best / n) + 1}, column ${best % n + 1}`;

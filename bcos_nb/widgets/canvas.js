@@ -213,7 +213,7 @@ function render({ model, el }) {
   root.dataset.lmSuppressShortcuts = "true";  // or JupyterLab takes the arrow keys
   root.setAttribute("role", "group");
   const table = make("div", "bcos-table", root), gone = new AbortController(), listen = { signal: gone.signal };
-  const state = () => ({ threshold: model.get("threshold"), style: model.get("style"), opacity: model.get("opacity"),
+  const state = () => ({ threshold: model.get("threshold"), style: model.get("look"), opacity: model.get("opacity"),
                          outline: model.get("outline"),
                          brush: dragged && dragged.box ? dragged.box : model.get("brush") });  // what is being dragged stays here until it is let go
   let brushwork = new Brushwork(model.get("palette")), panels = [], waiting = 0, dragged = null, stopped = false;
@@ -304,10 +304,9 @@ function render({ model, el }) {
     mark(now.threshold);
   }
 
-  function mark(threshold, again = 10) {  // a line at the threshold over every plot of the named figure, whose x axis is [0, 1]
+  function mark(threshold) {  // a line at the threshold over every plot of the named figure, whose x axis is [0, 1]
     const name = model.get("marks");
     if (!name) return;
-    let missing = true;
     for (const figure of document.querySelectorAll(`.${name} .svg-container`)) {
       const ground = figure.getBoundingClientRect(), places = figure.querySelectorAll(".nsewdrag");
       let lines = figure.querySelectorAll(":scope > .bcos-mark");
@@ -319,10 +318,8 @@ function render({ model, el }) {
         const box = place.getBoundingClientRect();
         Object.assign(lines[k].style, { left: `${box.left - ground.left + threshold * box.width}px`, top: `${box.top - ground.top}px`, height: `${box.height}px` });
         lines[k].dataset.threshold = threshold.toFixed(2);
-        missing = missing && box.width === 0;
       });
     }
-    if (missing && again > 0) setTimeout(() => { if (!stopped) mark(model.get("threshold"), again - 1); }, 300);  // the figure is drawn a little later
   }
   const repaint = () => { if (!waiting) waiting = requestAnimationFrame(paint); };
 
@@ -482,12 +479,14 @@ function render({ model, el }) {
   };
   const colours = () => { brushwork = new Brushwork(model.get("palette")); panels.forEach((panel) => { panel.filled = panel.drawn = null; }); repaint(); };
   const watched = { "change:content": read, "change:side": read, "change:palette": colours, "change:playing": play, "msg:custom": hear };
-  for (const name of ["threshold", "opacity", "style", "outline", "brush", "selected"]) watched[`change:${name}`] = repaint;
+  for (const name of ["threshold", "opacity", "look", "outline", "brush", "selected"]) watched[`change:${name}`] = repaint;
   for (const [name, action] of Object.entries(watched)) model.on(name, action);
   read();
+  const marking = setInterval(() => mark(model.get("threshold")), 500);  // a figure is drawn later than the canvas, drawn anew, or resized
   return () => {
     stopped = true;
     clearInterval(state.player);
+    clearInterval(marking);
     gone.abort();
     for (const [name, action] of Object.entries(watched)) model.off(name, action);
   };

@@ -153,7 +153,7 @@ class MapCanvas(anywidget.AnyWidget):
     side = traitlets.Int(256).tag(sync=True)  # of a picture on the screen at most, pixels
     threshold = traitlets.Float(0.5, min=0.0, max=1.0).tag(sync=True)
     opacity = traitlets.Float(0.9, min=0.0, max=1.0).tag(sync=True)  # of heat and contributions
-    style = traitlets.Enum(STYLES, "heat").tag(sync=True)
+    look = traitlets.Enum(STYLES, "heat").tag(sync=True)  # a widget's `style` is something else
     outline = traitlets.Bool(True).tag(sync=True)  # whether the mask is outlined
     playing = traitlets.Bool(False).tag(sync=True)  # whether the threshold moves by itself
     plain = traitlets.Bool(False).tag(sync=True)  # pictures to choose from: nothing is brushed or read off; set it from the start

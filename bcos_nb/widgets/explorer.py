@@ -186,7 +186,7 @@ STYLE = """<style>
 .bcos-explorer .bcos-saved, .bcos-explorer .bcos-doing { font-size: 12px; opacity: 0.8; } .bcos-explorer .widget-checkbox { width: auto; margin-right: 10px; }
 .bcos-explorer table { border-collapse: collapse; font-size: 12px; line-height: 1.5; font-variant-numeric: tabular-nums; }
 .bcos-explorer td, .bcos-explorer th { padding: 1px 10px 1px 0; text-align: right; } .bcos-explorer td:first-child, .bcos-explorer th:first-child { text-align: left; }
-.bcos-explorer .bcos-flow { flex-wrap: wrap; } .bcos-explorer .progress { height: 6px; margin: 0; }
+.bcos-explorer .bcos-flow { flex-wrap: wrap; } .bcos-explorer .bcos-doing, .bcos-explorer .bcos-doing .widget-html-content { min-height: 0; line-height: 1.2; } .bcos-explorer .progress { height: 6px; margin: 0; }
 </style>"""
 ALL = (0.0, 1.0)
 
@@ -682,7 +682,7 @@ class Instrument(widgets.VBox):
         explainers: Sequence[str] | None = None,  # to offer, the first are ticked; None: all that serve
         *,
         size: int | None = None,  # side of the images of a catalogue; None: that of its first frame
-        side: int = 256,  # side of a map on the screen at most, pixels
+        side: int = 220,  # of a map on the screen at most, pixels
         width: int = 1090,  # of the whole, pixels
         threshold: float = 0.0,  # at first
         ahead: int = 4,  # frames explained ahead
@@ -698,23 +698,23 @@ class Instrument(widgets.VBox):
         self.cache, self.background = ExplanationCache(max_bytes) if cache is None else cache, Background()
         self.shown: Shown | None = None
         self.ahead: list = []
-        self.message, self.bar = widgets.HTML(), widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="220px", visibility="hidden"))
-        self.words = widgets.HTML()
+        self.message, self.bar = widgets.HTML(layout=widgets.Layout(margin="0")), widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="220px", display="none"))
+        self.words = widgets.HTML(layout=widgets.Layout(margin="0"))
         self.words.add_class("bcos-doing")
         self.chooser = FrameChooser(self.detectors, frame_sets(frames, size), self.cache, self.background, doing=self.doing, failed=self.failed)
         self.choice = MapChoice(self.detectors, explainers, rows=rows, columns=columns)
         self.canvas = MapCanvas(threshold=threshold, side=side, arrows="frames", description="attribution maps: up and down move the threshold, left and right the frame")
         self.threshold = widgets.FloatSlider(value=threshold, min=0, max=1, step=0.01, readout_format=".2f", description="threshold", style={"description_width": "66px"},
-                                             layout=widgets.Layout(width="430px"))
+                                             layout=widgets.Layout(width="400px"))
         self.threshold.add_class("bcos-threshold")
         self.opacity = widgets.FloatSlider(value=0.9, min=0, max=1, step=0.05, readout=False, description="opacity", style={"description_width": "54px"},
-                                           layout=widgets.Layout(width="210px"))
+                                           layout=widgets.Layout(width="160px"))
         self.outline = widgets.Checkbox(True, description="mask outline", indent=False, layout=widgets.Layout(width="auto"))
         self.look = dropdown("maps", list(STYLES), "170px", "40px")
         self.target = dropdown("explain", [("fake", 1), ("real", 0)], "140px", "52px")
         for control, trait in ((self.threshold, "threshold"), (self.opacity, "opacity"), (self.outline, "outline")):
             widgets.jslink((control, "value"), (self.canvas, trait))
-        self.look.observe(lambda change: setattr(self.canvas, "style", change.new), "value")
+        self.look.observe(lambda change: setattr(self.canvas, "look", change.new), "value")
         self.saving = SaveBar(self.name, self.canvas, self.score_table, self.settings, self.restore, self.page, folder=folder)
         self.chooser.on_change(self.update), self.choice.on_change(self.update), self.canvas.on_step(self.chooser.step)
         self.target.observe(lambda change: self.quiet or self.update(), "value")
@@ -777,7 +777,7 @@ class Instrument(widgets.VBox):
 
     def doing(self, share: float | None, words: str) -> None:
         """Shows how far some work is; None: it is done."""
-        self.bar.layout.visibility = "hidden" if share is None else "visible"
+        self.bar.layout.display = "none" if share is None else "flex"
         self.bar.value = share or 0.0
         self.words.value = html.escape(words)
 

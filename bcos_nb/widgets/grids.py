@@ -298,13 +298,13 @@ class GridExplorer(widgets.VBox):
         self.links = [widgets.jslink((self.threshold, "value"), (self.canvas, "threshold")), widgets.jslink((self.threshold, "value"), (self.bars, "threshold"))]
         # menus have no value that the browser could link
         self.weighting.observe(lambda change: setattr(self.bars, "weighting", change.new), "value")
-        self.style.observe(lambda change: setattr(self.canvas, "style", change.new), "value")
+        self.style.observe(lambda change: setattr(self.canvas, "look", change.new), "value")
         self.verdict, self.message = widgets.HTML(), widgets.HTML()
         self.board = Thumbnails(side=84, columns=3, description="cells of the grid: choose the one that is to have another face")
-        self.candidates = Thumbnails(side=56, description="faces that can be put into the chosen cell")
+        self.candidates = Thumbnails(side=56, description="faces that can be put into the chosen cell", layout=widgets.Layout(width="100%"))
         self.kind = widgets.ToggleButtons(options=[("fakes", 1), ("real faces", 0)], style={"button_width": "90px"}, tooltips=["fakes to choose from", "real faces to choose from"])
         self.hint = widgets.HTML()
-        strip = widgets.VBox([widgets.HBox([self.kind, self.hint]), widgets.Box([self.candidates], layout=widgets.Layout(max_height="215px", overflow="auto"))], layout=widgets.Layout(width="850px", margin="0 0 0 16px"))
+        strip = widgets.VBox([widgets.HBox([self.kind, self.hint]), widgets.Box([self.candidates], layout=widgets.Layout(max_height="215px", width="100%", overflow="auto"))], layout=widgets.Layout(width="850px", margin="0 0 0 16px"))
         self.composing = widgets.HBox([self.board, strip], layout=widgets.Layout(margin="12px 0 6px 0"))
         self.kind.observe(lambda change: self.guarded(self.offer), "value")
         self.board.on_choice(lambda cell: self.guarded(self.choose_cell, cell))
@@ -388,6 +388,7 @@ class GridExplorer(widgets.VBox):
     def offer(self) -> None:
         """The faces of the chosen kind, those first of which the detector is surest; none before a cell is chosen."""
         cell = self.chosen_cell
+        self.kind.layout.display = "none" if cell is None else "flex"
         if cell is None:
             self.offered = []
             self.hint.value = "Choose a cell of the grid to put another face into it."
@@ -528,14 +529,15 @@ class GridExplorer(widgets.VBox):
         probability = self.probabilities()[self.cells]
         wrong = int(((probability > 0.5) != (self.frames.labels.numpy()[self.cells] == 1)).sum())
         logits = next(iter(self.answers.values())).logits[0]
-        parts = [f"The fake is found by <b>{len(found)} of {len(self.tables)}</b> explainers" if self.fake_cells else "There is no fake in this grid",
+        parts = [f"the fake is found by <b>{len(found)} of {len(self.tables)}</b> explainers" if self.fake_cells else "there is no fake in this grid",
                  f"the detector calls the whole grid {'fake' if logits[1] > logits[0] else 'real'} (p(fake) {float(logits.softmax(0)[1]):.3f})",
                  f"alone, {wrong} of the {len(self.cells)} faces would be misclassified" if wrong else f"alone, all {len(self.cells)} faces are classified correctly"]
         if self.run is not None and self.number is not None:
             score = self.order[self.number]
-            parts.insert(0, f"Grid {self.place.value + 1} of {len(self.order)}, from worst to best by {html.escape(explainer_name(self.rank.value))}, "
+            parts.insert(0, f"{html.escape(detector_name(self.network.arch, self.network.b))}: grid {self.place.value + 1} of {len(self.order)}, from worst to best by {html.escape(explainer_name(self.rank.value))}, "
                             f"score in the run {score:.4f} (threshold 0, weighted)")
-        self.verdict.value = f'<div class="bcos-verdict" role="status">{"; ".join(parts)}.{f" The grid is {self.note}." if self.note and self.run is None else ""}</div>'
+        words = "; ".join(parts)
+        self.verdict.value = f'<div class="bcos-verdict" role="status">{words[0].upper()}{words[1:]}.{f" The grid is {self.note}." if self.note and self.run is None else ""}</div>'
 
     def score_table(self) -> pd.DataFrame:  # explainer, cell, row, column, frame, label, weighted, unweighted
         """The shares of all cells at the chosen threshold."""

@@ -48,7 +48,7 @@ form { display: flex; flex-wrap: wrap; gap: 8px 24px; align-items: center; margi
 table { border-collapse: collapse; font-size: 12px; font-variant-numeric: tabular-nums; } td, th { padding: 2px 8px; text-align: right; }
 summary { cursor: pointer; margin-top: 16px; }
 """
-SENT = ("content", "palette", "description", "side", "threshold", "opacity", "style", "outline", "selected", "brush", "marks")
+SENT = ("content", "palette", "description", "side", "threshold", "opacity", "look", "outline", "selected", "brush", "marks")
 
 
 def encoded(
@@ -81,7 +81,7 @@ def canvas_page(
 <h1>{html.escape(title)}</h1><p>{html.escape(words)}</p>
 <form onsubmit="return false"><label>threshold <input type="range" min="0" max="1" step="0.01" data-trait="threshold"> <output for="threshold"></output></label>
 <label>opacity <input type="range" min="0" max="1" step="0.05" data-trait="opacity"></label>
-<label>maps <select data-trait="style">{styles}</select></label> <label><input type="checkbox" data-trait="outline"> mask outline</label></form>
+<label>maps <select data-trait="look">{styles}</select></label> <label><input type="checkbox" data-trait="outline"> mask outline</label></form>
 <div id="canvas"></div>{more}{table}
 <script type="application/json" id="state">{text}</script>
 <script type="module">

@@ -231,15 +231,14 @@ class ThresholdExplorer(Instrument):
         """The button to play, the curves and whose they are."""
         self.play = widgets.ToggleButton(False, icon="play", tooltip="move the threshold by itself", layout=widgets.Layout(width="38px"))
         widgets.jslink((self.play, "value"), (self.canvas, "playing"))
-        self.scope = widgets.ToggleButtons(options=["this frame", "mean of the chosen frames"], description="curves of", style={"description_width": "66px", "button_width": "190px"})
+        self.scope = widgets.ToggleButtons(options=["this frame", "mean of the chosen frames"], description="curves of", style={"description_width": "66px", "button_width": "230px"})
         self.most = dropdown("at most", [("50 frames", 50), ("100 frames", 100), ("200 frames", 200), ("all frames", None)], "190px", "54px")
         self.curves, self.table = empty_curves(self.room - 10), widgets.HTML()
         self.means: pd.DataFrame | None = None
         self.kept_means: dict[tuple, pd.DataFrame] = {}
         self.regions: dict = {}
-        marks = f"bcos-curves-{next(self.number)}"
-        self.curves.add_class(marks)
-        self.canvas.marks = marks
+        self.plot = widgets.Box([])  # where the curves are, as soon as there are any
+        self.canvas.marks = f"bcos-curves-{next(self.number)}"
         for control in (self.scope, self.most):
             control.observe(lambda change: self.quiet or self.draw(), "value")
         self.threshold.observe(lambda change: self.show_table(), "value")
@@ -247,7 +246,7 @@ class ThresholdExplorer(Instrument):
     def parts(self) -> list[widgets.Widget]:
         """Controls, canvas, curves and saving."""
         lines = [flow(self.threshold, self.play, self.look, self.target, self.opacity, self.outline), flow(self.bar, self.words), self.message, self.canvas]
-        return [*lines, flow(self.scope, self.most), self.curves, self.table, self.saving]
+        return [*lines, flow(self.scope, self.most), self.plot, self.table, self.saving]
 
     def measures(self, shown: Shown) -> Callable:
         """Specificity below each map; the curves are worked out on the way."""
@@ -322,15 +321,18 @@ class ThresholdExplorer(Instrument):
         return {explainer: self.kept_means[key] for explainer, key in keys.items()}
 
     def draw_traces(self, curves: dict) -> None:
-        """Draws; where the curves are the same as before, only their values are sent."""
+        """Draws; where the curves are the same as before, only their values are sent, else a new figure takes the old one's place."""
         traces = curve_traces(curves)
         if same_shape(self.curves, traces):
             with self.curves.batch_update():
                 for old, new in zip(self.curves.data, traces):
                     old.y = new.y
         else:
-            self.curves.data = []
+            old, self.curves = self.curves, empty_curves(self.room - 10)
             self.curves.add_traces(traces)
+            self.curves.add_class(self.canvas.marks)
+            self.plot.children = [self.curves]
+            old.close()
 
     def show_table(self) -> None:
         """The means at the threshold, where they are drawn."""
