@@ -14,6 +14,7 @@ CFG = CFG["DEFAULT"]
 # What an installed wheel needs of the checkout, and where it lies inside the package (see bcos_nb.resources).
 PACKAGE_DATA = {
     "data/paper": "*.csv",
+    "data/bench": "*.csv",
     "data/examples": "*.*",
     "data/presets": "*.yaml",
     "data/presets/grids": "*.yaml",

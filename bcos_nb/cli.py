@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'MANY_PICTURES', 'TASKS', 'search_app', 'SearchFolder', 'SearchStorage', 'SearchName', 'explained',
            'tell', 'check', 'show_findings', 'forge', 'forge_here', 'took', 'read_jobs', 'preset_of', 'forge_missing',
-           'finish_task', 'report_failures', 'parse_duration', 'show_plan', 'slots_on', 'run', 'status', 'report',
-           'explore_folder', 'lab', 'prepare', 'pack', 'report_is_current', 'demo', 'search_run', 'opened_search',
-           'search_status', 'search_best', 'search_report', 'main']
+           'finish_task', 'report_failures', 'parse_duration', 'show_plan', 'slots_on', 'run', 'status', 'plan',
+           'show_hours', 'report', 'explore_folder', 'lab', 'prepare', 'pack', 'report_is_current', 'demo',
+           'search_run', 'opened_search', 'search_status', 'search_best', 'search_report', 'main']
 
 # %% ../nbs/cli.ipynb #6d468884
 import functools
@@ -281,7 +281,9 @@ def show_plan(planned: list, runs: Path, jobs: int | None) -> None:
         note = {"done": f"took {clock(state.seconds)}" if state.seconds else "", "failed": state.text, "running": f"{state.text or 'starting'} (process {state.pid} on {state.host})",
                 "stale": f"left by process {state.pid} on {state.host}, which is dead"}.get(state.kind, about)
         tell(f"{'complete' if state.kind == 'done' else 'left' if state.kind == 'stale' else state.kind:<9} {job.label}  {note}".rstrip())
-    tell(f"{summary(planned, states, outlook(planned, states, known, slots))}; {slots} at once. Nothing was started.", "bold")
+    left = outlook(planned, states, known, slots)
+    hint = " bcos-nb plan works times out from throughput, also for what was never run." if left.sources[""] else ""
+    tell(f"{summary(planned, states, left)}; {slots} at once. Nothing was started.{hint}", "bold")
 
 
 @contextmanager
@@ -324,13 +326,17 @@ def run(
         show_plan(planned, runs, jobs)
         return
     from bcos_nb.batch.grid_run import run_jobs
-    from bcos_nb.batch.status import write_grid
+    from bcos_nb.batch.kernels import kernel_specs
+    from bcos_nb.batch.status import grid_states, known_runs, outlook, summary, write_grid
 
     begin, chosen = time.monotonic(), preset_of(source)
     if chosen:
         forge_missing(planned, chosen, data)
     write_grid(planned, runs)
+    states = grid_states(planned)
     with slots_on(cluster, runs, jobs) as slots:
+        left = None if cluster else outlook(planned, states, known_runs(runs), jobs or len(kernel_specs()))
+        tell(f"{summary(planned, states, left)}. How far they are: bcos-nb status {runs}")
         table = run_jobs(planned, wait_for_others=wait, retry_failed=retry_failed, time_limit=limit, **slots)
     report_failures(table, runs)
     tell(f"All {len(table)} runs in {runs} are complete; {int((table.status == 'done').sum())} of them were done now ({took(begin)}).", "green")
@@ -376,6 +382,62 @@ def status(
                 live.update(view, refresh=True)
     except KeyboardInterrupt:
         return
+
+# %% ../nbs/cli.ipynb #0c25ef48
+@app.command()
+@explained
+def plan(
+    grid: Annotated[str, typer.Argument(help="A grid (demo, mini, study), or a YAML file.")],
+    gpus: Annotated[int, typer.Option(help="Runs at once: GPUs, or shares of the processor.", min=1)] = 1,
+    tflops: Annotated[Optional[float], typer.Option(help="What a GPU sustains on these networks, in TFLOP/s: an assumption of yours.", show_default=False)] = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Time a few steps of each network on this machine.")] = False,
+    measured: Annotated[Optional[Path], typer.Option(help="Take the pace of the complete runs of this folder.", show_default=False)] = None,
+    only: Annotated[Optional[list[str]], typer.Option(help="A part, as for run; may be repeated.", show_default=False)] = None,
+    runs: Annotated[Optional[Path], typer.Option("--runs", help="Folder of the grid's runs; complete ones take no time. Default: runs/<name>.", show_default=False)] = None,
+    data: Annotated[Optional[Path], typer.Option(help="Root of the dataset. Default: the preset's.", show_default=False)] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Write the schedule as a chart, with tables, to this HTML.", show_default=False)] = None,
+):
+    """Say how long a grid will take, how many GPU-hours and how much disk, and when each run would start."""
+    from bcos_nb.batch import plan as plans
+    from bcos_nb.batch.runs import is_complete
+    from bcos_nb.batch.status import found_runs
+
+    if sum([tflops is not None, calibrate, measured is not None]) > 1:
+        raise ValueError("--tflops, --calibrate and --measured each say how fast the machine is. Give one of them, or none.")
+    planned, folder = read_jobs(grid, runs, data, None, only)
+    if tflops is not None:
+        pace = plans.stated_pace(tflops)
+    elif calibrate:
+        pace = plans.calibrate(planned, tell=tell)
+    elif measured is not None:
+        pace = plans.measured_pace(list(found_runs(measured)))
+    elif any(is_complete(job.run_dir) for job in planned):
+        pace = plans.measured_pace(planned)
+    else:
+        pace = plans.bench_pace()
+    made = plans.plan_grid(planned, pace, gpus)
+    if len(made.table):
+        show_hours(made)
+    tell(str(made), "bold")
+    for note in made.notes():
+        tell(f"- {note}")
+    if out:
+        tell(f"The schedule: {plans.write_plan(made, out, f'The grid {Path(grid).stem}').resolve()}", "green")
+
+
+def show_hours(made) -> None:
+    """Prints the experiments of a plan: runs, hours, work, disk."""
+    from rich.table import Table
+
+    from bcos_nb.batch.plan import by_experiment, long_clock, size
+
+    shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in ("", "runs", f"{made.unit}-hours", "longest", "PFLOP", "disk"):
+        shown.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, row in by_experiment(made).iterrows():
+        disk = sum(value for key, value in row.items() if key.endswith(", MB"))
+        shown.add_row(str(name).replace("_", " "), f"{row['runs']:.0f}", f"{row[f'{made.unit}-hours']:,.1f}", long_clock(3600 * row["longest, hours"]), f"{row['PFLOP']:,.4g}", size(1e6 * disk))
+    Console(highlight=False).print(shown)
 
 # %% ../nbs/cli.ipynb #1ebfaea0
 @app.command()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 # %% ../nbs/resources.ipynb #264be8ac
 def resource_path(
-    relative: str,  # path in the checkout, such as "data/presets/demo.yaml"
+    relative: str,  # path in the checkout, such as "data/presets/grids/demo.yaml"
 ) -> Path:  # where it lies
     """A file or folder that belongs to the project. Raises FileNotFoundError that lists what there is beside it."""
     package = Path(__file__).resolve().parent

@@ -336,6 +336,7 @@ def test_a_grid_that_is_ended_leaves_no_kernels_and_is_finished_by_the_next(note
     assert grid.returncode != 0
     gone, alive = psutil.wait_procs(family, timeout=10)
     assert not alive and not any(psutil.pid_exists(pid) for pid in kernels)
+    assert not list(out.glob("*/failure.json")), "what is cut off has not failed"
     assert 0 < len(before) < 4 and all(metrics_of(out)[name] == content for name, content in before.items())
     for folder in out.iterdir():
         assert is_complete(folder) or not (folder / "metrics.json").exists()

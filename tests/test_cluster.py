@@ -380,3 +380,111 @@ def test_slurm_is_asked_for_what_the_file_says(tmp_path):
     command = script.splitlines()[-1]
     for option in ("--nthreads 1", "--nworkers 4", "--resources GPU=1", "--local-directory $TMPDIR"):
         assert option in command
+
+
+# Slurm's part played by a shell script
+
+SBATCH = """#!/bin/bash
+script="{folder}/job-$$.sh"
+cp "${{@: -1}}" "$script"
+setsid bash "$script" > "$script.log" 2>&1 &
+echo $! >> "{folder}/submitted"
+echo "Submitted batch job $!"
+"""
+SCANCEL = """#!/bin/bash
+echo "$@" >> "{folder}/cancelled"
+for job in "$@"; do kill -- -"$job" 2>/dev/null; done
+exit 0
+"""
+
+
+def play_slurm(folder, **commands):
+    """Puts commands of these names first on a PATH."""
+    place = folder / "bin"
+    place.mkdir()
+    for name, script in commands.items():
+        (place / name).write_text(script.format(folder=folder))
+        (place / name).chmod(0o755)
+    return f"{place}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.mark.slow
+def test_a_grid_on_jobs_that_slurm_is_asked_for(notebook, tmp_path, monkeypatch):
+    pytest.importorskip("dask_jobqueue")
+    monkeypatch.setenv("PATH", play_slurm(tmp_path, sbatch=SBATCH, scancel=SCANCEL))
+    (tmp_path / "slurm.yaml").write_text(f"queue: any\njobs: 2\ncores: 1\nmemory: 2GB\nwalltime: '1:00:00'\nlocal_directory: {tmp_path}\n")
+    jobs, said = plan_jobs(notebook, [{"seed": seed, "seconds": 1.0, "log": str(tmp_path / "log")} for seed in range(3)], tmp_path / "runs"), []
+    with open_cluster(str(tmp_path / "slurm.yaml"), tmp_path, said.append) as executor:
+        table = run_on(executor, jobs)
+    assert table.status.tolist() == ["done"] * 3 and {seed: len(pids) for seed, pids in starts(tmp_path / "log").items()} == {0: 1, 1: 1, 2: 1}
+    assert len((tmp_path / "submitted").read_text().split()) == 2 and "Asked Slurm for 2 jobs" in said[0]
+    wait_until(lambda: not any(psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE for pid in (tmp_path / "submitted").read_text().split()))
+
+
+@pytest.mark.slow
+def test_the_sbatch_script_does_a_whole_grid(notebook, tmp_path):
+    """As it is shipped, with module, workspaces and srun played by scripts of a line."""
+    from bcos_nb.resources import resource_path
+
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    venv = tmp_path / "venv" / "bin"
+    venv.mkdir(parents=True)
+    for name, code in {"bcos-nb": "from bcos_nb.cli import main; main()", "dask": "from dask.__main__ import main; main()"}.items():
+        (venv / name).write_text(f"#!{sys.executable}\nif __name__ == '__main__':\n    {code}\n")
+        (venv / name).chmod(0o755)
+    path = play_slurm(
+        tmp_path, module="#!/bin/bash\necho \"$@\" > {folder}/loaded\n", ws_find="#!/bin/bash\nexit 1\n", ws_allocate=f"#!/bin/bash\necho {workspace}\n",
+        srun='#!/bin/bash\n"$@" &\n"$@" &\nwait\n',
+    )
+    rows = [{"seed": seed, "log": str(tmp_path / "log")} for seed in range(3)]
+    (tmp_path / "grid.yaml").write_text(json.dumps({"notebook": str(notebook), "grid": rows, "out": str(workspace / "runs")}))
+    script = resource_path("data/presets/cluster/study.sbatch")
+    done = subprocess.run(
+        ["bash", str(script), str(tmp_path / "grid.yaml")], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PATH": path, "VENV": str(venv.parent), "SLURM_JOB_ID": "7", "INTERFACE": "lo", "RESOURCES": "CPU=1", "TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "All 3 runs" in done.stdout and (tmp_path / "loaded").read_text().startswith("load")
+    assert sorted(starts(tmp_path / "log")) == [0, 1, 2] and len(list(workspace.glob("runs/*/metrics.json"))) == 3
+
+
+# A real grid
+
+
+@pytest.mark.slow
+def test_trainings_and_games_on_a_cluster_have_the_scores_of_the_default_pool(tmp_path):
+    """Two detectors, trained and played with on two workers, one of which is killed during a training: every score and weight is the same, bit for bit."""
+    import yaml
+
+    from bcos_nb.batch.presets import load_preset, preset_jobs
+    from bcos_nb.data import forge_dataset
+
+    forge_dataset(tmp_path / "data", identities=20, frames_per_video=2, size=64, methods=["Deepfakes"], compressions=["c23"], seed=0)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({
+        "data": {"root": str(tmp_path / "data"), "dataset": "FaceForensics++", "image_size": 64, "frames_per_video": 2},
+        "detectors": {"arch": "resnet10", "b": [None, 2], "options": {"width": 0.125}},
+        "training": {"compression": "c23", "seed": 0, "epochs": 3, "batch_size": 8, "save_every": 1}, "evaluation": {"compressions": ["c23"]},
+        "games": {"explainers": ["bcos", "gradcam"], "measures": ["weighted"], "compression": "c23", "thresholds": [0.0, 0.5]},
+    }))
+    preset = load_preset(tmp_path / "small.yaml")
+    there, here = (preset_jobs(preset, tmp_path / name, experiments=["mask_game"]) for name in ("there", "here"))
+    with a_cluster(tmp_path) as started:
+        for _ in range(2):
+            started.worker()
+        said = []
+        with open_cluster(started.address, tmp_path, said.append, seconds=180) as executor:
+            wait_until(lambda: executor.slots() == 2)
+            result = {}
+            grid = threading.Thread(target=lambda: result.update(table=run_on(executor, there)))
+            grid.start()
+            saved = wait_until(lambda: [file for file in tmp_path.glob("there/train/*/state/last.pt") if (file.parents[1] / "lock").exists()], 240)[0]
+            writer = psutil.Process(read_json(saved.parents[1] / "lock")["pid"])
+            next(parent for parent in writer.parents() if parent.pid in [process.pid for process in started.processes]).kill()
+            grid.join(timeout=500)
+    assert result["table"].status.tolist() == ["done"] * 4, result["table"].error.tolist()
+    assert any("starts again elsewhere" in line for line in said)
+    assert run_jobs(here, kernels=[KERNEL], progress=False).status.tolist() == ["done"] * 4
+    for one, other in zip(there, here):
+        name = "detector.safetensors" if one.notebook.stem == "train" else "scores.parquet"
+        assert (one.run_dir / name).read_bytes() == (other.run_dir / name).read_bytes(), one.label

@@ -109,7 +109,7 @@ def test_the_mini_grid_has_all_backbones_all_b_and_all_that_a_report_asks_for():
     jobs = preset_jobs(load_preset("mini"), "runs")
     trained = [job.params for job in jobs if job.notebook.stem == "train"]
     assert {params["arch"] for params in trained} >= {"resnet34", "xception", "vitc_ti", "vgg16", "densenet121", "inception_v3", "convnext_tiny"}
-    for arch in ("resnet34", "xception", "vitc_ti"):
+    for arch in ("resnet34", "xception", "vitc_ti", "vgg16", "densenet121", "inception_v3", "convnext_tiny"):
         assert {params["b"] for params in trained if params["arch"] == arch} == {None, 1.25, 1.75, 2, 2.5}
     assert {job.notebook.stem for job in jobs} == {"train", "detect", "mask_game", "grid_game", "search"}
     assert any(params["training"].get("guidance") for params in trained)
@@ -127,3 +127,11 @@ def test_exclusions_take_what_needs_them_along():
         preset_jobs(preset | {"exclude": [{"bb": 2}]}, "runs")
     with pytest.raises(ValueError, match="nothing is left"):
         preset_jobs(preset | {"exclude": [{"experiment": "train"}]}, "runs")
+
+
+@pytest.mark.parametrize("experiments", [("detect",), ("mask_game", "grid_game"), ("train",), ("search",)])
+@pytest.mark.parametrize("name", ["demo", "mini", "study"])
+def test_a_part_of_a_grid_is_a_part_of_the_whole(name, experiments):
+    grid = load_preset(name)
+    whole, part = ({job.run_dir for job in preset_jobs(grid, "runs", experiments=asked)} for asked in (None, experiments))
+    assert part <= whole and bool(part) == (experiments != ("search",) or "search" in grid)

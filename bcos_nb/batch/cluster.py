@@ -249,7 +249,7 @@ def slots_of(
         raise ValueError(f"{who} has {declared['nthreads']} threads and declares no resources, so it is not clear how many runs it can do at once. {START.format(address=address, resource=resource)}")
     return None, 1
 
-# %% ../../nbs/batch/cluster.ipynb #38200464
+# %% ../../nbs/batch/cluster.ipynb #21433215
 class Worker:
     """A worker as the grid sees it."""
 
@@ -380,12 +380,19 @@ class ClusterExecutor(Executor):
     # What the thread does
 
     def _serve(self) -> None:
+        missed = 0
         try:
             while not self.ended:
                 self.wake.wait(0.2)
                 self.wake.clear()
                 if time.monotonic() - self.looked > 1.0:
-                    self._look()
+                    try:
+                        self._look()
+                        missed = 0
+                    except OSError:  # a scheduler that is slow to answer has not ended
+                        missed += 1
+                        if self.client.status != "running" or missed > 5:
+                            raise
                 with self.guard:
                     if not self.ended:
                         self._collect()
@@ -510,7 +517,7 @@ class ClusterExecutor(Executor):
         sharing = [other.slots for other in self.workers.values() if all(other.told[key] == worker.told[key] for key in same)]
         return max(1, worker.told["cores"] // max(1, sum(sharing)))
 
-# %% ../../nbs/batch/cluster.ipynb #33242c6c
+# %% ../../nbs/batch/cluster.ipynb #5f53c4b3
 def take_away(
     lock: Path,    # a run's lock
     ticket: str,   # of the attempt that is lost
@@ -526,12 +533,15 @@ def take_away(
         return None
     moved = read_json(aside)
     if moved and moved.get("worker") != ticket:  # it changed hands between the two looks
-        os.link(aside, lock)
         holder = None
+        try:
+            os.link(aside, lock)
+        except FileExistsError:
+            pass
     aside.unlink(missing_ok=True)
     return holder
 
-# %% ../../nbs/batch/cluster.ipynb #407c7e1e
+# %% ../../nbs/batch/cluster.ipynb #069bc503
 SLURM = {  # key: type, whether it must be there, what it is
     "queue": (str, True, "partition, such as gpu_4"),
     "jobs": (int, True, "how many jobs at most"),
@@ -609,7 +619,7 @@ def open_cluster(
     target: str,                              # tcp://host:port of a scheduler, a scheduler file (.json), or a YAML for Slurm
     folder: str | os.PathLike | None = None,  # the runs', which every worker must see
     tell: Callable[[str], None] | None = None,
-    seconds: float | None = None,             # how long to wait for a first worker; None: a minute, or with Slurm as long as its queue
+    seconds: float | None = None,             # how long to wait for a first worker; None: five minutes, or with Slurm as long as its queue
 ) -> ClusterExecutor:                         # with at least one slot
     """Connects to a cluster, or asks Slurm for one."""
     target, tell = str(target), tell or (lambda text: None)
@@ -636,11 +646,11 @@ def open_cluster(
             client = Client(**({"scheduler_file": target} if target.endswith(".json") else {"address": target}), timeout=15, set_as_default=False)
         except (OSError, TimeoutError, ValueError) as error:
             raise ConnectionError(f"No Dask scheduler answers at {target} ({type(error).__name__}). Start one (dask scheduler) and its workers, or give a YAML for Slurm.") from None
-        executor, seconds = ClusterExecutor(client, folder=folder, tell=tell), seconds or 60.0
+        executor, seconds = ClusterExecutor(client, folder=folder, tell=tell), seconds or 300.0
     else:
         raise ValueError(f"The cluster {target!r} is neither the address of a Dask scheduler (tcp://host:8786), nor its file (.json), nor a YAML for Slurm.")
     try:
-        executor.wait_for_workers(seconds)
+        executor.wait_for_workers(seconds)  # with a file system that is slow, a worker takes minutes to import what it needs
     except BaseException:
         executor.shutdown(cancel_futures=True)
         raise

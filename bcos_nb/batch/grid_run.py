@@ -317,6 +317,9 @@ def run_jobs(
             display.close()
             if executor is None:
                 pool.shutdown()
+    for job in jobs:  # a run that failed or was not started here may have been done by somebody else meanwhile
+        if results[job.run_dir]["status"] in ("failed", "busy") and is_complete(job.run_dir):
+            results[job.run_dir] = {"status": "skipped", "seconds": 0.0, "error": ""}
     rows = [{"run": job.label, **results[job.run_dir]} for job in jobs]
     return pd.DataFrame(rows, columns=["run", "status", "seconds", "error"])
 

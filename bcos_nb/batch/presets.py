@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'GAMES', 'TEST_SET', 'EVALUATIONS', 'EXPERIMENTS', 'PLACES', 'UNSET', 'preset_names', 'load_preset',
-           'read_yaml', 'listed', 'check_names', 'check_experiments', 'multiplied', 'detector_rows', 'preset_jobs',
-           'search_jobs', 'once', 'notebook_of', 'value_of', 'fits', 'there_is', 'without', 'only', 'preset_datasets']
+           'read_yaml', 'listed', 'check_names', 'check_experiments', 'value_of', 'fits', 'there_is', 'without', 'only',
+           'multiplied', 'detector_rows', 'preset_jobs', 'search_jobs', 'once', 'notebook_of', 'preset_datasets']
 
 # %% ../../nbs/batch/presets.ipynb #b6aa515e
 import itertools
@@ -124,6 +124,88 @@ def check_experiments(content: Mapping[str, Any], path: Path) -> None:
     if "search" in listed(content.get("experiments") or []) and not content.get("search"):
         raise ValueError(f"{path} asks for the experiment search, and has no section search that says what to search. Add one: search: [{{arch: resnet10, b: 1.25, trials: 8}}].")
 
+# %% ../../nbs/batch/presets.ipynb #4ec15d19
+UNSET = object()
+
+
+def value_of(
+    job: Job,
+    key: str,  # experiment, or a parameter; with dots into it, such as training.epochs
+) -> Any:      # UNSET if it has none
+    """What a run has for a key of a rule."""
+    value: Any = {"experiment": job.notebook.stem, **job.params}
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return UNSET
+        value = value[part]
+    return value
+
+
+def fits(
+    job: Job,
+    rule: Mapping[str, Any],  # key to a value, or a list of values one of which is enough
+) -> bool:
+    """Whether a run has what a rule says, in all of its keys. The ordinary network's b is null, or "ordinary"."""
+    def same(found, wanted):
+        return found is None and wanted == "ordinary" or found == wanted and isinstance(found, bool) == isinstance(wanted, bool)
+
+    return all(any(same(value_of(job, key), wanted) for wanted in listed(values)) for key, values in rule.items())
+
+
+def there_is(jobs: Sequence[Job]) -> str:
+    """The words with which runs of a grid can be named, for messages."""
+    kinds = {key: list(dict.fromkeys(value for job in jobs if (value := value_of(job, key)) is not UNSET)) for key in ("experiment", "arch", "b")}
+    name = lambda value: "ordinary" if value is None else f"{value:g}" if isinstance(value, (int, float)) else str(value)
+    return "; ".join(f"{key}: {', '.join(map(name, values))}" for key, values in kinds.items() if values)
+
+
+def without(
+    jobs: Sequence[Job],
+    exclude: Sequence[Mapping[str, Any]] | None,  # rules
+    origin: str,                                  # who says so, for messages
+    whole: bool = True,                           # whether jobs are the whole grid, so that each rule has to fit something
+) -> list[Job]:                                   # the others
+    """Leaves out the runs that fit a rule, and those that need them. Raises ValueError for a rule that fits none."""
+    gone: set[Path] = set()
+    for rule in listed(exclude or []):
+        if not isinstance(rule, Mapping) or not rule:
+            raise ValueError(f"{origin}, exclude: {rule!r} is no rule. Write one such as {{arch: xception, b: [1.25, 2]}} or {{experiment: grid_game}}.")
+        unknown = [key for key in rule if all(value_of(job, key) is UNSET for job in jobs)]
+        if unknown and whole:
+            raise ValueError(f"{origin}, exclude: no run has a parameter {', '.join(unknown)}. Name experiment, arch, b or another parameter of a notebook.")
+        found = {job.run_dir for job in jobs if fits(job, rule)}
+        if not found and whole:
+            raise ValueError(f"{origin}, exclude: {dict(rule)} fits no run of the grid, so it excludes nothing. There is {there_is(jobs)}.")
+        gone |= found
+    while more := {job.run_dir for job in jobs if job.run_dir not in gone and gone & set(job.after)}:
+        gone |= more
+    if jobs and len(gone) == len(jobs):
+        raise ValueError(f"{origin}, exclude: nothing is left of {len(jobs)} runs. Take a rule out.")
+    return [job for job in jobs if job.run_dir not in gone]
+
+
+def only(
+    jobs: Sequence[Job],
+    words: Sequence[str],  # experiments, backbones, numbers for B, "ordinary", or parameter=value; several of one kind are alternatives
+) -> list[Job]:            # in the order of jobs
+    """A part of a grid, with what it depends on. Raises ValueError, listing what there is, for a word that names nothing."""
+    rule: dict[str, list] = {}
+    for word in (part.strip() for word in words for part in word.split(",") if part.strip()):
+        key, given, text = word.partition("=")
+        if not given:
+            key, text = next(((kind, word) for kind in ("experiment", "arch") if any(value_of(job, kind) == word for job in jobs)), ("b", word))
+        value = text if key in ("experiment", "arch") or text == "ordinary" else yaml.safe_load(text)
+        if not any(fits(job, {key: value}) for job in jobs):
+            raise ValueError(f"--only {word} names no run of this grid. There is {there_is(jobs)}; or give parameter=value.")
+        rule.setdefault(key, []).append(value)
+    chosen = {job.run_dir for job in jobs if fits(job, rule)}
+    if not chosen:
+        raise ValueError(f"--only {' '.join(words)}: no run is all of this at once. There is {there_is(jobs)}.")
+    needs = {job.run_dir: set(job.after) for job in jobs}
+    while more := set().union(*(needs.get(folder, set()) for folder in chosen)) - chosen:
+        chosen |= more
+    return [job for job in jobs if job.run_dir in chosen]
+
 # %% ../../nbs/batch/presets.ipynb #c95012e4
 def multiplied(
     entry: Mapping[str, Any],  # of the section detectors
@@ -198,7 +280,7 @@ def preset_jobs(
     for job in trainings + evaluations:
         job.label = job.run_dir.relative_to(runs.resolve()).as_posix()
     searches = search_jobs(preset, runs, data) if "search" in asked else []
-    return without(once(trainings) + once(evaluations) + searches, preset.get("exclude"), f"the preset {preset['name']}")
+    return without(once(trainings) + once(evaluations) + searches, preset.get("exclude"), f"the preset {preset['name']}", whole=experiments is None)
 
 
 def search_jobs(
@@ -226,87 +308,6 @@ def notebook_of(
 ) -> Path:
     """The notebook of an experiment, in the checkout or in the installed package."""
     return resource_path(f"nbs/experiments/{experiment}.ipynb")
-
-# %% ../../nbs/batch/presets.ipynb #4ec15d19
-UNSET = object()
-
-
-def value_of(
-    job: Job,
-    key: str,  # experiment, or a parameter; with dots into it, such as training.epochs
-) -> Any:      # UNSET if it has none
-    """What a run has for a key of a rule."""
-    value: Any = {"experiment": job.notebook.stem, **job.params}
-    for part in key.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return UNSET
-        value = value[part]
-    return value
-
-
-def fits(
-    job: Job,
-    rule: Mapping[str, Any],  # key to a value, or a list of values one of which is enough
-) -> bool:
-    """Whether a run has what a rule says, in all of its keys. The ordinary network's b is null, or "ordinary"."""
-    def same(found, wanted):
-        return found is None and wanted == "ordinary" or found == wanted and isinstance(found, bool) == isinstance(wanted, bool)
-
-    return all(any(same(value_of(job, key), wanted) for wanted in listed(values)) for key, values in rule.items())
-
-
-def there_is(jobs: Sequence[Job]) -> str:
-    """The words with which runs of a grid can be named, for messages."""
-    kinds = {key: list(dict.fromkeys(value for job in jobs if (value := value_of(job, key)) is not UNSET)) for key in ("experiment", "arch", "b")}
-    name = lambda value: "ordinary" if value is None else f"{value:g}" if isinstance(value, (int, float)) else str(value)
-    return "; ".join(f"{key}: {', '.join(map(name, values))}" for key, values in kinds.items() if values)
-
-
-def without(
-    jobs: Sequence[Job],
-    exclude: Sequence[Mapping[str, Any]] | None,  # rules
-    origin: str,                                  # who says so, for messages
-) -> list[Job]:                                   # the others
-    """Leaves out the runs that fit a rule, and those that need them. Raises ValueError for a rule that fits none."""
-    gone: set[Path] = set()
-    for rule in listed(exclude or []):
-        if not isinstance(rule, Mapping) or not rule:
-            raise ValueError(f"{origin}, exclude: {rule!r} is no rule. Write one such as {{arch: xception, b: [1.25, 2]}} or {{experiment: grid_game}}.")
-        unknown = [key for key in rule if all(value_of(job, key) is UNSET for job in jobs)]
-        if unknown:
-            raise ValueError(f"{origin}, exclude: no run has a parameter {', '.join(unknown)}. Name experiment, arch, b or another parameter of a notebook.")
-        found = {job.run_dir for job in jobs if fits(job, rule)}
-        if not found:
-            raise ValueError(f"{origin}, exclude: {dict(rule)} fits no run of the grid, so it excludes nothing. There is {there_is(jobs)}.")
-        gone |= found
-    while more := {job.run_dir for job in jobs if job.run_dir not in gone and gone & set(job.after)}:
-        gone |= more
-    if jobs and len(gone) == len(jobs):
-        raise ValueError(f"{origin}, exclude: nothing is left of {len(jobs)} runs. Take a rule out.")
-    return [job for job in jobs if job.run_dir not in gone]
-
-
-def only(
-    jobs: Sequence[Job],
-    words: Sequence[str],  # experiments, backbones, numbers for B, "ordinary", or parameter=value; several of one kind are alternatives
-) -> list[Job]:            # in the order of jobs
-    """A part of a grid, with what it depends on. Raises ValueError, listing what there is, for a word that names nothing."""
-    rule: dict[str, list] = {}
-    for word in (part.strip() for word in words for part in word.split(",") if part.strip()):
-        key, given, text = word.partition("=")
-        if not given:
-            key, text = next(((kind, word) for kind in ("experiment", "arch") if any(value_of(job, kind) == word for job in jobs)), ("b", word))
-        value = text if key in ("experiment", "arch") or text == "ordinary" else yaml.safe_load(text)
-        if not any(fits(job, {key: value}) for job in jobs):
-            raise ValueError(f"--only {word} names no run of this grid. There is {there_is(jobs)}; or give parameter=value.")
-        rule.setdefault(key, []).append(value)
-    chosen = {job.run_dir for job in jobs if fits(job, rule)}
-    if not chosen:
-        raise ValueError(f"--only {' '.join(words)}: no run is all of this at once. There is {there_is(jobs)}.")
-    needs = {job.run_dir: set(job.after) for job in jobs}
-    while more := set().union(*(needs.get(folder, set()) for folder in chosen)) - chosen:
-        chosen |= more
-    return [job for job in jobs if job.run_dir in chosen]
 
 # %% ../../nbs/batch/presets.ipynb #8ad8af9b
 def preset_datasets(

@@ -20,7 +20,7 @@ from typing import Any
 
 from .execution import last_line, read_failure
 from .grid_run import Job
-from .runs import clock, is_complete, is_stale, read_json, read_lock, read_progress, write_json
+from .runs import BEAT, clock, is_complete, is_stale, read_json, read_lock, read_progress, write_json
 from ..resources import resource_path
 
 # %% ../../nbs/batch/status.ipynb #1f35e42b
@@ -42,7 +42,7 @@ class State:
 
 def state_of(
     run_dir: str | os.PathLike,  # the run's folder; it need not be there
-    label: str = "",             # None: the folder's last two parts
+    label: str = "",             # empty: the folder's last two parts
     experiment: str = "",
 ) -> State:
     """Looks at one run."""
@@ -54,6 +54,8 @@ def state_of(
     if lock:
         kind = "stale" if is_stale(lock) else "running"
         seconds = max(0.0, time.time() - lock.get("since", time.time()))
+        if kind == "running" and lock["silent"] > 5 * BEAT:
+            text = f"{text or 'begun'}, no sign of life for {clock(lock['silent'])}"
         return State(label, experiment, kind, text, fraction, seconds, str(lock.get("host", "")), int(lock.get("pid", 0)))
     failure = read_failure(run_dir)
     if failure:
@@ -146,7 +148,7 @@ def record_runs(
     with Path(path).open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["experiment", "seconds", "params"])
-        table.writerows([one.experiment, round(one.seconds), json.dumps({key: value for key, value in one.params.items() if key not in NO_MATTER and value is not None})] for one in rows)
+        table.writerows([one.experiment, round(one.seconds), json.dumps(one.params)] for one in rows)
     return len(rows)
 
 
