@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help ablation backbones recipes search bcosify guidance transfer demo test test-all lab bench notebooks export clean
+.PHONY: help ablation backbones recipes search bcosify guidance transfer demo test test-all lab app bench notebooks export clean
 
 help: ## list the commands
 	@echo "make <command>, where <command> is one of"
@@ -20,6 +20,9 @@ test-all: $(STAMP) ## the same and the tests that take minutes
 
 lab: $(STAMP) ## open JupyterLab on the exploring notebooks
 	@$(BIN)/bcos-nb lab
+
+app: $(STAMP) ## the exploring notebooks as an app in the browser
+	@$(BIN)/bcos-nb app
 
 bench: $(STAMP) ## measure speed on this machine
 	@$(BIN)/python tests/bench.py
