@@ -24,7 +24,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
-from . import __version__
+import bcos_nb
 from .beyond_tables import departure_rows, departure_table, faithfulness_figure, faithfulness_rows, faithfulness_table, read_side_tables
 from .departure_figures import departure_figure
 from .detection_tables import DETECTION_TABLES, all_tables, detection_table, read_results
@@ -377,7 +377,7 @@ class Report:
         when = f" between {done['began'].min():%Y-%m-%d %H:%M} and {done['ended'].max():%Y-%m-%d %H:%M} UTC; together they took {took}" if done["began"].notna().any() else ""
         self.show(f'<p class="lead">How well do these detectors find forged faces, what do they look at, and is it the forgery? Trained on {html.escape(datasets)}: {html.escape(named)}.</p>'
                   f'<p class="note">{"Preset <b>" + preset + "</b>: " if preset else ""}{len(done)} of {len(listing)} runs are complete{when}. Report of {datetime.datetime.now():%Y-%m-%d %H:%M}, made by bcos_nb '
-                  f"{__version__} with torch {version('torch').split('+')[0]} and Python {platform.python_version()} on {platform.system()} {platform.machine()} with {os.cpu_count()} CPU cores.</p>"
+                  f"{bcos_nb.__version__} with torch {version('torch').split('+')[0]} and Python {platform.python_version()} on {platform.system()} {platform.machine()} with {os.cpu_count()} CPU cores.</p>"
                   + '<div class="facts">' + "".join(f"<div><b>{value}</b><span>{what}</span></div>" for value, what in self.facts()) + "</div>")
         lines = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in self.sentences())
         self.show(f"<ul>{lines}</ul>" if lines else "<p>No test and no game is complete yet, so there is nothing to summarise.</p>")
