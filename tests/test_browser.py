@@ -182,6 +182,7 @@ def test_thresholds(lab, expected, chromium):
 
         # The line on the curves is where the threshold is, after a key and after the mouse.
         marks = page.locator(".bcos-mark")
+        page.locator(".bcos-explorer .js-plotly-plot").first.scroll_into_view_if_needed()
         marks.nth(3).wait_for(state="attached")
         assert marks.count() == 4 and marks.first.get_attribute("data-threshold") == "0.50"
         where = lambda: marks.first.evaluate("""line => { const plot = line.parentElement.querySelector(".nsewdrag").getBoundingClientRect();
