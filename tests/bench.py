@@ -723,12 +723,10 @@ def rows_of_explore(settings, device):
     from explore_bench import REACH, explore_times
 
     try:
-        found = explore_times()
+        for work, value in explore_times():
+            yield row(work, [value], [REACH[work]], beside="reach", at_most=1.0, note="" if "MB" not in work else "megabytes, not seconds")
     except (Exception, SystemExit) as error:  # no browser, or one that does not start
         print(f"explore: not measured. {error}")
-        return
-    for work, value in found.items():
-        yield row(work, [value], [REACH[work]], beside="reach", at_most=1.0, note="" if "MB" not in work else "megabytes, not seconds")
 
 
 ROWS = dict(forward=rows_of_forward, steps=rows_of_steps, compiled=rows_of_compiled, memory=rows_of_memory, explanations=rows_of_explanations, lime=rows_of_lime,

@@ -35,7 +35,7 @@ def frames(count, side):
 detectors = {"B = 2": create_detector("resnet10", b=2, width=0.5, stem="fine", energy_stem=True).eval()}  # the demo's, untrained
 """
 FOUR = OPEN + 'ThresholdExplorer(detectors, frames(40, 256), ["bcos", "gradcam", "gradcam++", "layercam"], threshold=0.2, ahead=0, side=256)'
-FIVE = OPEN + 'ThresholdExplorer(detectors, frames(200, 128), ["bcos", "gradcam", "gradcam++", "xgradcam", "layercam"], columns=5, threshold=0.2, ahead={ahead})'
+FIVE = OPEN + 'ThresholdExplorer(detectors, frames(200, 128), ["bcos", "gradcam", "gradcam++", "xgradcam", "layercam"], columns=5, threshold=0.2, ahead=AHEAD)'
 NEXT = """async (count) => {  // milliseconds from the arrow key to the next frame's maps
   const canvas = [...document.querySelectorAll(".bcos-canvas")].at(-1), taken = [];
   canvas.focus();
@@ -68,40 +68,40 @@ def notebook(folder: Path, name: str, source: str) -> str:
     return name
 
 
-def explore_times() -> dict[str, float]:
-    """What is measured, by the names of `REACH`. RuntimeError where there is no browser."""
+def explore_times():
+    """Pairs of a name of `REACH` and what was measured, as soon as it is. RuntimeError where there is no browser."""
     if CHROMIUM is None:
         raise RuntimeError("There is no Chromium on this machine, so nothing can be measured in it: `apt-get install chromium`.")
-    found, first = {}, ".bcos-canvas:not(.bcos-plain) .bcos-panel .bcos-kept"
+    first = ".bcos-canvas:not(.bcos-plain) .bcos-panel .bcos-kept"
     with tempfile.TemporaryDirectory() as place, started_chromium() as browser:
         folder = fill_demo(Path(place))
-        names = [notebook(folder, "four.ipynb", FOUR), notebook(folder, "five.ipynb", FIVE.format(ahead=0)), notebook(folder, "ahead.ipynb", FIVE.format(ahead=4))]
+        names = [notebook(folder, "four.ipynb", FOUR), notebook(folder, "five.ipynb", FIVE.replace("AHEAD", "0")), notebook(folder, "ahead.ipynb", FIVE.replace("AHEAD", "4"))]
         with started_lab(folder) as server:
             with open_notebook(browser, server, "thresholds.ipynb") as page:
                 page.locator(first).first.wait_for(timeout=200_000)
-                found["first picture after run all"] = time.perf_counter() - page.began
+                yield "first picture after run all", time.perf_counter() - page.began
             with open_notebook(browser, server, names[0]) as page:
                 page.locator(first).nth(3).wait_for(timeout=200_000)
                 page.wait_for_timeout(3000)
                 slider_steps(page, 10)
                 steps = sorted(slider_steps(page, 200))
-                found["slider step, 256 px, four maps: median"] = statistics.median(steps) / 1000
-                found["slider step, 256 px, four maps: 95 %"] = steps[int(0.95 * len(steps))] / 1000
+            yield "slider step, 256 px, four maps: median", statistics.median(steps) / 1000
+            yield "slider step, 256 px, four maps: 95 %", steps[int(0.95 * len(steps))] / 1000
             for name, what in zip(names[1:], ("next frame, five explainers", "next frame, computed ahead")):
                 with open_notebook(browser, server, name) as page:
                     page.locator(first).nth(4).wait_for(timeout=200_000)
                     page.wait_for_timeout(6000)
                     page.evaluate(NEXT, 2)
-                    found[what] = statistics.median(page.evaluate(NEXT, 12)) / 1000
+                    taken = page.evaluate(NEXT, 12)
+                yield what, statistics.median(taken) / 1000
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    found["memory after 500 frames, MB"] = float(done.stdout.split()[-1])
-    return found
+    yield "memory after 500 frames, MB", float(done.stdout.split()[-1])
 
 
 def main():
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    for name, value in explore_times().items():
-        print(f"{name:45} {value:10.3f}   reach {REACH[name]:g} {'' if value <= REACH[name] else ' not reached'}")
+    for name, value in explore_times():
+        print(f"{name:45} {value:10.3f}   reach {REACH[name]:g} {'' if value <= REACH[name] else ' not reached'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -316,7 +316,8 @@ function render({ model, el }) {
       }
       places.forEach((place, k) => {
         const box = place.getBoundingClientRect();
-        Object.assign(lines[k].style, { left: `${box.left - ground.left + threshold * box.width}px`, top: `${box.top - ground.top}px`, height: `${box.height}px` });
+        Object.assign(lines[k].style, { left: `${box.left - ground.left + threshold * box.width}px`, top: `${box.top - ground.top}px`, height: `${box.height}px`,
+          width: "1.5px", background: "var(--jp-ui-font-color1, #5f6368)" });  // written here, because plotly's own style takes borders away
         lines[k].dataset.threshold = threshold.toFixed(2);
       });
     }
