@@ -1,6 +1,6 @@
 """What the browser tests share: a Chromium, a folder as a visitor has it, a JupyterLab on it, and a notebook run in it.
 
-    from browser import chromium, demo, lab, open_notebook   # the first three are fixtures
+    from browser import demo, lab, open_notebook   # the first two are fixtures; chromium is one for all modules
 """
 import contextlib
 import json

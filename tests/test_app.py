@@ -13,7 +13,7 @@ import uuid
 
 import psutil
 import pytest
-from browser import SCREENSHOTS, chromium, fill_demo  # noqa: F401
+from browser import SCREENSHOTS, fill_demo
 from typer.testing import CliRunner
 
 from bcos_nb import cli

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from browser import DETECTORS, chromium, demo, lab, open_notebook, shoot, theme  # noqa: F401
+from browser import DETECTORS, demo, lab, open_notebook, shoot, theme  # noqa: F401
 
 from bcos_nb.data import load_frames, read_catalog
 from bcos_nb.explainers import explain

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from browser import SCREENSHOTS, chromium, fill_demo, lab, open_notebook, shoot, theme  # noqa: F401
+from browser import SCREENSHOTS, fill_demo, lab, open_notebook, shoot, theme  # noqa: F401
 from PIL import Image
 from skimage import data
 
