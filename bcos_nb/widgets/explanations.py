@@ -130,7 +130,7 @@ class ExplanationCache:
 
     def __init__(
         self,
-        max_bytes: int = 192 << 20,  # that the kept tensors may take
+        max_bytes: int = 160 << 20,  # that the kept tensors may take
         *,
         need_rgba: bool = True,  # False saves the colour images, more than half of a B-cos explanation's memory
     ):

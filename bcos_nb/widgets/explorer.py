@@ -686,7 +686,7 @@ class Instrument(widgets.VBox):
         width: int = 1090,  # of the whole, pixels
         threshold: float = 0.0,  # at first
         ahead: int = 4,  # frames explained ahead
-        max_bytes: int = 192 << 20,  # memory of the kept explanations
+        max_bytes: int = 160 << 20,  # memory of the kept explanations
         cache: ExplanationCache | None = None,  # to share between instruments
         folder: str | Path = "saved",  # where files go
         rows: int = 3,
