@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'MEASURES', 'DASHES', 'GREY', 'kept_shares', 'other_mean', 'frame_curves', 'sampled_fakes', 'mean_curves',
-           'intervals', 'empty_curves', 'see_through', 'curve_traces', 'same_shape', 'ThresholdExplorer',
+           'intervals', 'curve_plots', 'see_through', 'curve_traces', 'same_shape', 'ThresholdExplorer',
            'interval_words']
 
 # %% ../../nbs/widgets/thresholds.ipynb #37b7a755
@@ -155,17 +155,18 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 GREY = "#808790"  # readable on light and on dark
 
 
-def empty_curves(
+def curve_plots(
     width: int,  # pixels
+    traces: Sequence[go.Scatter] = (),
 ) -> go.FigureWidget:
-    """The four plots, still empty."""
-    figure = go.FigureWidget(make_subplots(rows=1, cols=len(MEASURES), subplot_titles=list(MEASURES.values()), horizontal_spacing=0.045))
+    """The four plots with these curves. Whole when it becomes a widget: a page that opens later is told of nothing that was changed before."""
+    figure = go.Figure(make_subplots(rows=1, cols=len(MEASURES), subplot_titles=list(MEASURES.values()), horizontal_spacing=0.045))
     figure.update_layout(template="plotly_white", height=270, width=width, margin=dict(l=36, r=8, t=58, b=34), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
                          font=dict(color=GREY, size=11), legend=dict(orientation="h", y=1.34, x=0), hovermode="closest")
     figure.update_annotations(font=dict(color=GREY, size=12))
     figure.update_xaxes(range=[0, 1], fixedrange=True, gridcolor="rgba(128,135,144,0.25)", zeroline=False, title=dict(text="threshold", standoff=4))
     figure.update_yaxes(fixedrange=True, gridcolor="rgba(128,135,144,0.25)", zeroline=True, zerolinecolor="rgba(128,135,144,0.5)", rangemode="tozero")
-    return figure
+    return go.FigureWidget(figure.add_traces(traces))
 
 
 def see_through(
@@ -233,7 +234,7 @@ class ThresholdExplorer(Instrument):
         widgets.jslink((self.play, "value"), (self.canvas, "playing"))
         self.scope = widgets.ToggleButtons(options=["this frame", "mean of the chosen frames"], description="curves of", style={"description_width": "66px", "button_width": "230px"})
         self.most = dropdown("at most", [("50 frames", 50), ("100 frames", 100), ("200 frames", 200), ("all frames", None)], "190px", "54px")
-        self.curves, self.table = empty_curves(self.room - 10), widgets.HTML()
+        self.curves, self.table = curve_plots(self.room - 10), widgets.HTML()
         self.means: pd.DataFrame | None = None
         self.kept_means: dict[tuple, pd.DataFrame] = {}
         self.regions: dict = {}
@@ -328,8 +329,7 @@ class ThresholdExplorer(Instrument):
                 for old, new in zip(self.curves.data, traces):
                     old.y = new.y
         else:
-            old, self.curves = self.curves, empty_curves(self.room - 10)
-            self.curves.add_traces(traces)
+            old, self.curves = self.curves, curve_plots(self.room - 10, traces)
             self.curves.add_class(self.canvas.marks)
             self.plot.children = [self.curves]
             old.close()
