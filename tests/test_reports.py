@@ -16,7 +16,7 @@ from bcos_nb.reports import (
 from bcos_nb.reports.figures import DARK_GROUND, EXPLAINER_COLOURS, contrast
 from bcos_nb.reports.formats import latex_text
 from bcos_nb.reports.page import PLOTLY_MIME, loads_from_network, write_pictures
-from bcos_nb.reports.report_parts import Report, short_tables
+from bcos_nb.reports.report_parts import Report, compression_sentence, detection_sentence, short_tables
 from bcos_nb.reports.setting_tables import dataset_rows, guidance_rows, setting_table
 from bcos_nb.reports.tables import command_for
 from invented_runs import METHODS, invent_games, invent_runs
@@ -335,8 +335,18 @@ def test_a_part_that_fails_does_not_take_the_others_with_it(folder, quiet, monke
 
 def test_sentences_are_computed(folder):
     text = " ".join(Report(folder).sentences())
-    assert "an AUC of 0.98, B-cos networks 0.94 to 0.97; the best of them is ResNet-34, B = 1.25" in text and "changes by −0.10 on average" in text
+    assert "an AUC of 0.98, B-cos networks 0.94 to 0.97; the best of them is ResNet-10, B = 1.25" in text and "changes by −0.10 on average" in text
     assert "cover 18% of a frame" in text and "mean mask" in text and "2e-06" in text
+
+
+@pytest.mark.parametrize("stands_for, name", [("ResNet-10 at width 0.5 (stem fine), 128 px", "ResNet-10"), ("ViT-C Ti (depth 5), 96 px", "ViT-C Ti"), ("Xception, 256 px, 4 epochs", "Xception"),
+                                              ("ResNet-10", "ResNet-10"), (None, "ResNet-34")])
+def test_sentences_name_what_was_run_not_what_it_stands_for(stands_for, name):
+    cell = {"arch": "resnet34", "b": 2.0, "metric": "auc", "ours": 0.9, "stands_for": stands_for}
+    table = pd.DataFrame([cell, cell | {"b": float("nan"), "ours": 0.8}, cell | {"b": 1.25, "ours": 0.7}])
+    assert f"the best of them is {name}, B = 2." in detection_sentence({"I": table})
+    worse = table.assign(ours=[0.85, 0.4, 0.65])
+    assert f"most for {name}, ordinary (−0.40)" in compression_sentence({"VII": table, "VIII": worse, "II": table.iloc[:0]})
 
 
 def test_short_tables(folder, tmp_path):
