@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPEED_ONLY', 'MOST_SKIPPED', 'FitConfig', 'make_config', 'batches', 'readable', 'labels_of', 'predict_logits', 'b_at',
            'set_b', 'settings_of', 'load_state', 'augmented', 'augmentation_of', 'pair_up', 'epoch_order',
-           'with_shuffled_labels', 'Training', 'check_masks', 'backward', 'train_step', 'note_nonfinite', 'train_epoch',
-           'restore_random', 'augmented_batch', 'selection_score', 'validate', 'gathered', 'make_accelerator',
-           'start_trackers', 'fit', 'train_all', 'finish']
+           'with_shuffled_labels', 'Training', 'check_masks', 'backward', 'train_step', 'rescaled', 'note_nonfinite',
+           'train_epoch', 'restore_random', 'augmented_batch', 'selection_score', 'validate', 'gathered',
+           'make_accelerator', 'start_trackers', 'fit', 'train_all', 'finish']
 
 # %% ../../nbs/training/loop.ipynb #427ad7af
 import copy
@@ -325,9 +325,14 @@ class Training:
         self.val_weights = class_weights(labels_of(val))  # refuses a split of one class before an hour of training, not after
         check_masks(train, val, config)
         self.loss = make_loss(config.loss)
-        self.batches_per_epoch = len(epoch_order(train, 0, config))
+        processes = accelerator.num_processes
+        order = epoch_order(train, 0, config, processes - 1, processes)  # of the process with the smallest share
+        if not len(order[0]):
+            raise ValueError(f"batch_size={config.batch_size} leaves nothing of a batch for some of {processes} processes{', which share its pairs' * (config.balance == 'pairs')}. "
+                             f"Train with a batch_size of at least {processes * (1 + (config.balance == 'pairs'))}, or in fewer processes.")
+        self.batches_per_epoch = len(order)
         self.steps = config.epochs * self.batches_per_epoch
-        self.settings = settings_of(detector, train, config, accelerator.num_processes)
+        self.settings = settings_of(detector, train, config, processes)
         self.path = run_dir / "state" / "last.pt"
         self.progress = dict(epoch=0, batch=0, history=[], best_score=-1.0) | (load_state(self.path, self.settings) or {})
         optimizer = make_optimizer(detector.parameters(), config.lr, config.betas, config.eps, config.weight_decay, config.amsgrad,
@@ -356,12 +361,14 @@ class Training:
         random = gather_object([random]) if self.accelerator.num_processes > 1 else [random]
         if not self.accelerator.is_main_process:
             return
-        state = dict(self.progress, epoch=epoch, batch=batch, settings=self.settings, random=random, detector=self.detector.state_dict(),
-                     optimizer=self.optimizer.state_dict(), measured={name: torch.stack(values).cpu() for name, values in self.measured.items()} if batch else {})
-        if self.average is not None:
-            state["average"] = self.average.state_dict()
-        if self.accelerator.scaler is not None:
-            state["scaler"] = self.accelerator.scaler.state_dict()
+        state = dict(self.progress, epoch=epoch, batch=batch, settings=self.settings, random=random)
+        if epoch < self.config.epochs:  # after the last one there is nothing to go on with, and the best network is a quarter of it all
+            state |= dict(detector=self.detector.state_dict(), optimizer=self.optimizer.state_dict(),
+                          measured={name: torch.stack(values).cpu() for name, values in self.measured.items()} if batch else {})
+            if self.average is not None:
+                state["average"] = self.average.state_dict()
+            if self.accelerator.scaler is not None:
+                state["scaler"] = self.accelerator.scaler.state_dict()
         before = self.saved()
         with saving_explained(self.path, before):
             write_atomically(self.path, lambda path: torch.save(state, path))
@@ -438,10 +445,11 @@ def train_step(
     if run.accelerator.scaler is not None:
         run.accelerator.unscale_gradients(run.optimizer)
     norm = clip_gradients(run.parameters, norm=config.clip_norm, value=config.clip_value, adaptive=config.clip_adaptive)
-    # processes must agree, and what they share is the gradient; a scaler leaves out steps of infinite gradient itself
-    watched = norm if run.accelerator.num_processes > 1 else parts["train_loss"] if run.accelerator.scaler is not None else norm + parts["train_loss"]
+    # processes must agree, and what they share is the gradient
+    watched = norm if run.accelerator.num_processes > 1 else norm + parts["train_loss"]
     if not bool(torch.isfinite(watched)):
-        note_nonfinite(run, images, step, parts["train_loss"], buffers)
+        if not rescaled(run, parts["train_loss"]):
+            note_nonfinite(run, images, step, parts["train_loss"], buffers)
         return {}
     run.skipped_in_a_row = 0
     for group in run.optimizer.param_groups:
@@ -455,6 +463,15 @@ def train_step(
 MOST_SKIPPED = 20  # steps in a row that may be left out before a training stops all the same
 
 
+def rescaled(run: Training, loss: Tensor) -> bool:
+    """Whether a gradient was infinite because fp16's scale was too large, which then is halved; not so many times in a row that nothing is left of it."""
+    if run.accelerator.scaler is None or bool(run.accelerator.reduce(torch.isfinite(loss).float(), "mean") < 1) or run.skipped_in_a_row >= MOST_SKIPPED:
+        return False
+    run.skipped_in_a_row += 1
+    run.optimizer.step(), run.optimizer.zero_grad()  # accelerate's scaler leaves the step out
+    return True
+
+
 def note_nonfinite(run: Training, images: Tensor, step: int, loss: Tensor, buffers: list) -> None:
     """Leaves the step out where the config says so, else raises RuntimeError that says where and why."""
     run.skipped_in_a_row += 1
@@ -462,6 +479,8 @@ def note_nonfinite(run: Training, images: Tensor, step: int, loss: Tensor, buffe
         for buffer, value in buffers:
             buffer.copy_(value)
         run.optimizer.zero_grad()
+        if run.accelerator.scaler is not None:
+            run.accelerator.scaler.update()  # it has looked at these gradients, and would refuse to look at the next
         return
     where = first_nonfinite(run.detector, images)
     epoch, batch = divmod(step, run.batches_per_epoch)
@@ -508,7 +527,8 @@ def train_epoch(
             run.progress["batch"] = number
     if "train_loss" not in run.measured:
         raise RuntimeError(f"No step of epoch {epoch + 1} had a loss and gradient that are numbers. Train with a lower lr or a longer warmup.")
-    skipped = {"skipped": len(run.measured.pop("skipped", []))} if config.non_finite == "skip" else {}
+    left_out = len(run.measured.pop("skipped", []))
+    skipped = {"skipped": left_out} if config.non_finite == "skip" else {}
     means = torch.stack([torch.stack(values).mean() for values in run.measured.values()])
     return dict(zip(run.measured, accelerator.reduce(means, "mean").tolist())) | skipped
 
@@ -618,7 +638,7 @@ def fit(
     run_dir: str | os.PathLike,  # detector.safetensors, history.parquet and state/ are written here
     *,
     progress: bool = True,  # show a progress bar and a line an epoch
-    on_progress: Callable[[str, float], None] | None = None,  # called with a text and the share that is done
+    on_progress: Callable[[str, float], None] | None = None,  # called in the main process with a text and the share that is done
     on_epoch: Callable[[dict[str, float]], None] | None = None,  # called with an epoch's row of the history once its state is saved; an exception ends the training there
 ) -> pd.DataFrame:  # history: epoch, train_loss, grad_norm, val_loss, val_auc, lr, seconds, and what guidance, selection and skipping add; attrs["best_epoch"]
     """Trains, or goes on with, a detector; afterwards it holds the weights of the best epoch on the validation split.
@@ -626,9 +646,10 @@ def fit(
     Raises RuntimeError if another process is training in `run_dir`, the loss stops being a number or memory runs out, OSError if
     the disk is full, ValueError if the folder holds a training with other settings or a split has one class only. What was saved stays.
     """
-    run_dir = Path(run_dir)
+    run_dir, forward, deterministic = Path(run_dir), detector.__dict__.get("forward"), torch.backends.cudnn.deterministic
     (run_dir / "state").mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(config, run_dir)
+    torch.backends.cudnn.deterministic = True  # the same seed, the same numbers
     lock = FileLock(run_dir / "state" / "lock", timeout=0)
     try:
         if accelerator.is_main_process:
@@ -640,11 +661,16 @@ def fit(
         run = Training(accelerator, detector, train, val, config, run_dir)
         if config.trackers and accelerator.is_main_process:
             start_trackers(run)
-        train_all(run, progress and accelerator.is_main_process, on_progress, on_epoch)
+        train_all(run, progress and accelerator.is_main_process, on_progress if accelerator.is_main_process else None, on_epoch)
         return finish(run)
     finally:
+        torch.backends.cudnn.deterministic = deterministic
         if detector.b is not None:
             set_b(detector, detector.b)
+        for name in ("forward", "_original_forward"):  # accelerate's, in reduced precision: of the training, not of the detector
+            detector.__dict__.pop(name, None)
+        if forward is not None:
+            detector.forward = forward
         for tracker in accelerator.trackers:
             tracker.finish()
         lock.release()
