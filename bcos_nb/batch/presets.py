@@ -273,7 +273,7 @@ def preset_jobs(
         special = {True: training.pop("ordinary", None), False: training.pop("bcos", None)}
         training |= special[detector["b"] is None] or {}
         training |= detector.pop("training")
-        chosen = {key: training.pop(key) for key in ("compression", "seed") if key in training}
+        chosen = {key: training.pop(key) for key in ("compression", "processes", "seed") if key in training}
         job, = plan_jobs(notebook_of("train"), [{**shared, **detector, **chosen, "training": training}], home / "train")
         trainings.append(job)
         who = {**shared, "detector": f"../../train/{job.run_dir.name}", "arch": detector["arch"], "b": detector["b"]}

@@ -91,7 +91,7 @@ def train_in_child(
 
 # %% ../../nbs/training/processes.ipynb #67061dfb
 def fit_in_processes(
-    processes: int,       # children of this process; on GPUs, each has one
+    processes: int | None,  # children of this process; on GPUs, each has one; None or 1: this process trains
     detector: nn.Module,  # made by `create_detector`, on the CPU
     train, val,           # as for `fit`; the children share them
     config: FitConfig,    # batch_size is that of all processes together
@@ -100,13 +100,14 @@ def fit_in_processes(
     progress: bool = True,  # show a line an epoch
     on_progress: Callable[[str, float], None] | None = None,  # called in a child with a text and the share that is done
 ) -> pd.DataFrame:  # history, as `fit` gives it
-    """`fit` in several processes; afterwards the detector holds the weights of the best epoch, on the CPU.
+    """`fit` in several processes; afterwards the detector holds the weights of the best epoch, where it was: on the CPU.
 
     Raises what `fit` raises, and as `check_processes` does; RuntimeError if a child was killed.
     """
     run_dir = Path(run_dir)
-    check_processes(processes, next(detector.parameters()).device)
-    if processes == 1:
+    if processes is not None:
+        check_processes(processes, next(detector.parameters()).device)
+    if processes in (None, 1):
         return fit(detector, train, val, config, run_dir, progress=progress, on_progress=on_progress)
     threads = max(1, torch.get_num_threads() // processes)
     AcceleratorState._reset_state(reset_partial_state=True)  # of trainings in this process, which the children are no part of
