@@ -85,7 +85,7 @@ def test_a_child_that_is_killed_ends_the_training_and_it_goes_on_from_there(tmp_
         children[-1].kill()
 
     watch = after_the_first_epoch(tmp_path / "cut", kill)
-    with pytest.raises(RuntimeError, match="killed.*-9.*goes on from its last state"):
+    with pytest.raises(RuntimeError, match="killed.*goes on from its last state"):
         fit_in_processes(2, tiny(), toy(64, 0), toy(20, 1), config, tmp_path / "cut", progress=False)
     watch.join()
     psutil.wait_procs(found, timeout=10)

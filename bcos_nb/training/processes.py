@@ -73,7 +73,8 @@ def train_in_child(
             ended_well.append(True)
         except BaseException as error:
             kind = next(base.__name__ for base in type(error).__mro__ if getattr(builtins, base.__name__, None) is base)
-            note = dict(time=time.time(), kind=kind, message=str(error) or type(error).__name__)
+            lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)  # another child is no longer there, and says why itself if it can
+            note = dict(time=time.time(), kind=kind, message=str(error) or type(error).__name__, lost=lost)
             beside = told / f".{os.getpid()}"
             beside.write_text(json.dumps(note), encoding="utf-8")
             beside.rename(told / f"{os.getpid()}.json")
@@ -138,10 +139,10 @@ def launch(processes: int, arguments: tuple, mixed_precision: str) -> None:
     except SignalException as signalled:
         interrupted = signalled.sigval
     except ChildFailedError as error:
-        notes = sorted((json.loads(file.read_text(encoding="utf-8")) for file in told.glob("*.json")), key=lambda note: note["time"])
-        if not notes:
-            codes = sorted({failure.exitcode for failure in error.failures.values()})
-            raise RuntimeError(f"A process of the training was killed (exit code {', '.join(map(str, codes))}; -9 is what a system short of memory does). "
+        notes = sorted((json.loads(file.read_text(encoding="utf-8")) for file in told.glob("*.json")), key=lambda note: (note["lost"], note["time"]))
+        if not notes or notes[0]["lost"]:
+            reason = notes[0]["message"] if notes else f"exit code {', '.join(str(failure.exitcode) for failure in error.failures.values())}"
+            raise RuntimeError(f"A process of the training was killed, as a system short of memory does, or lost touch with the others ({reason.strip()}). "
                                "Started again, the training goes on from its last state.") from None
         raise getattr(builtins, notes[0]["kind"])(notes[0]["message"]) from None
     finally:
