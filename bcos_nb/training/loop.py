@@ -358,13 +358,13 @@ class Training:
         random = dict(torch=torch.get_rng_state(), generator=generator.get_state()) if batch else None
         if batch and torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
-        random = gather_object([random]) if self.accelerator.num_processes > 1 else [random]
+        measured = {name: torch.stack(values).cpu() for name, values in self.measured.items()} if batch else {}
+        random, measured = zip(*(gather_object([(random, measured)]) if self.accelerator.num_processes > 1 else [(random, measured)]))
         if not self.accelerator.is_main_process:
             return
-        state = dict(self.progress, epoch=epoch, batch=batch, settings=self.settings, random=random)
+        state = dict(self.progress, epoch=epoch, batch=batch, settings=self.settings, random=list(random))
         if epoch < self.config.epochs:  # after the last one there is nothing to go on with, and the best network is a quarter of it all
-            state |= dict(detector=self.detector.state_dict(), optimizer=self.optimizer.state_dict(),
-                          measured={name: torch.stack(values).cpu() for name, values in self.measured.items()} if batch else {})
+            state |= dict(detector=self.detector.state_dict(), optimizer=self.optimizer.state_dict(), measured=list(measured))
             if self.average is not None:
                 state["average"] = self.average.state_dict()
             if self.accelerator.scaler is not None:
@@ -503,7 +503,9 @@ def train_epoch(
     generator = torch.Generator().manual_seed(seed * 1009 + accelerator.process_index)
     order = epoch_order(run.train, epoch, config, accelerator.process_index, accelerator.num_processes)
     done = run.progress["batch"]
-    run.measured = {name: list(values.to(accelerator.device)) for name, values in run.progress.pop("measured", {}).items()}
+    measured = run.progress.pop("measured", {})  # of each process; once it was that of the main one alone
+    measured = measured[accelerator.process_index] if isinstance(measured, list) else measured
+    run.measured = {name: list(values.to(accelerator.device)) for name, values in measured.items()}
     if done:
         restore_random(run.progress["random"][accelerator.process_index], generator, accelerator.device)
     guided, pairs = config.guidance > 0, config.balance == "pairs"
