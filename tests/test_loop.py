@@ -211,6 +211,56 @@ def test_steps_are_not_left_out_for_ever(tmp_path, monkeypatch):
         fit(tiny(2), toy(200, 0), toy(20, 1), quick(non_finite="skip", batch_size=8, epochs=8), tmp_path, progress=False)
 
 
+def with_scaler(monkeypatch):
+    """What accelerate sets up for fp16 on a GPU, here: gradients of a loss that is multiplied by a scale."""
+    scaler, make = torch.amp.GradScaler("cpu", init_scale=2.0**16), loop_module.make_accelerator
+
+    def make_accelerator(config, run_dir):
+        accelerator = make(config, run_dir)
+        accelerator.scaler, accelerator.unscale_gradients = scaler, lambda optimizer: scaler.unscale_(optimizer.optimizer)
+        return accelerator
+
+    monkeypatch.setattr(loop_module, "make_accelerator", make_accelerator)
+    return scaler
+
+
+@pytest.mark.parametrize("largest", [1000, 0])
+def test_a_scale_that_is_too_large_is_halved_and_not_for_ever(largest, tmp_path, monkeypatch):
+    scaler, true = with_scaler(monkeypatch), loop_module.make_loss("cross_entropy")
+
+    def loss(logits, labels, weights):
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * (math.inf if scaler.get_scale() > largest else 1))
+        return true(logits, labels, weights)
+
+    monkeypatch.setattr(loop_module, "make_loss", lambda name: loss)
+    arguments = toy(200, 0), toy(20, 1), quick(batch_size=8, epochs=1, ema=0.5), tmp_path
+    if not largest:
+        with pytest.raises(RuntimeError, match="gradient is no longer a number.*step 21"):
+            fit(tiny(), *arguments, progress=False)
+        return
+    monkeypatch.setattr(loop_module.time, "monotonic", iter(range(10, 10**7, 2)).__next__)
+    detector, weights = tiny(), []
+    history = fit(detector, *arguments, progress=False, on_progress=lambda *a: weights.append(detector.fc.weight.detach().clone()))
+    moved = [not torch.equal(before, after) for before, after in zip(weights, weights[1:])]
+    assert scaler.get_scale() == 512 and moved == [False] * 6 + [True] * 18  # 65536 is halved seven times
+    assert history[NUMBERS].map(math.isfinite).all().all() and "skipped" not in history
+
+
+def test_a_loss_that_is_none_can_be_left_out_under_a_scale(tmp_path, monkeypatch):
+    with_scaler(monkeypatch)
+    sometimes_nan(monkeypatch, {2, 5})
+    history = fit(tiny(2), toy(48, 0), toy(20, 1), quick(non_finite="skip"), tmp_path, progress=False)
+    assert list(history["skipped"]) == [1, 1] and history[NUMBERS].map(math.isfinite).all().all()
+
+
+def test_reduced_precision_is_of_the_training_and_not_of_the_detector(tmp_path):
+    detector, seen = tiny(2), []
+    fit(detector, toy(40, 0), toy(20, 1), quick(epochs=1, mixed_precision="bf16"), tmp_path, progress=False, on_epoch=lambda row: seen.append(torch.backends.cudnn.deterministic))
+    assert torch.equal(predict_logits(detector, toy(20, 1)), predict_logits(load_detector(tmp_path), toy(20, 1)))
+    assert seen == [True] and not torch.backends.cudnn.deterministic
+
+
 class Greedy(nn.Module):
     """Asks for more memory than there is when a batch is larger than 8."""
 
