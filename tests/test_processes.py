@@ -59,6 +59,21 @@ def test_an_error_in_a_child_is_told_as_if_it_had_been_here(tmp_path):
     assert torch.distributed.is_available() and not torch.distributed.is_initialized() and "WORLD_SIZE" not in os.environ
 
 
+def test_processes_draw_differently(tmp_path):
+    detector = tiny()
+
+    def draw(network, given):
+        if network.training:
+            (tmp_path / f"drawn{os.environ['RANK']}").open("a").write(f"{float(torch.rand(()))}\n")
+
+    detector.register_forward_pre_hook(draw)
+    fit_in_processes(2, detector, toy(64, 0), toy(20, 1), quick(epochs=1), tmp_path, progress=False)
+    one, other = ((tmp_path / f"drawn{rank}").read_text().split() for rank in (0, 1))
+    assert len(one) == len(other) == 4 and not set(one) & set(other)
+    generator = torch.Generator().manual_seed(0)
+    assert [float(number) for number in one] == torch.rand(4, generator=generator).tolist()  # the main process as if it were alone
+
+
 def children_of(process):
     return [child for child in psutil.Process(process).children() if child.status() != psutil.STATUS_ZOMBIE]
 

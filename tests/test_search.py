@@ -167,6 +167,17 @@ def test_an_error_that_is_not_the_combinations_fault_ends_the_worker(tmp_path):
     assert (search_table(quiet(TINY, tmp_path))["state"] != "failed").all()
 
 
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this torch does not tell a GPU's failure from other errors")
+def test_a_gpu_that_fails_ends_the_worker_and_not_the_combinations(tmp_path):
+    def assertion(config, values, folder, report):
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        quiet(TINY, tmp_path, assertion)
+    table = search_table(quiet(TINY, tmp_path))
+    assert (table["state"] != "failed").all() and table["attempts"].tolist() == [2] + [1] * (len(table) - 1)
+
+
 def test_importance_finds_the_parameter_that_decides(tmp_path):
     study = quiet(replace(TINY, trials=30, epochs=2), tmp_path)
     table = importance_table(study)

@@ -499,7 +499,7 @@ def train_epoch(
     """One pass over the training frames, or what is left of it. Means are over all processes. Raises RuntimeError when the loss stops being a number."""
     config, accelerator = run.config, run.accelerator
     seed = config.seed * 100_003 + epoch
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + accelerator.process_index * 0x61C88647)  # of dropout and its like: not the same in every process; the lower 32 bits count
     generator = torch.Generator().manual_seed(seed * 1009 + accelerator.process_index)
     order = epoch_order(run.train, epoch, config, accelerator.process_index, accelerator.num_processes)
     done = run.progress["batch"]

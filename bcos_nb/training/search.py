@@ -413,6 +413,9 @@ def run_trial(
     except UpdateFinishedTrialError:
         return LOST
     except RuntimeError as error:
+        if isinstance(error, getattr(torch, "AcceleratorError", ())):  # this process's GPU fails at everything from here on
+            finish(stopped=type(error).__name__, state=TrialState.FAIL)
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         return finish(f"failed: {reason}", reason=reason, state=TrialState.FAIL)
     except BaseException as error:  # Ctrl-C, a full disk, a missing dataset: not the combination's fault, so the next start repeats it
