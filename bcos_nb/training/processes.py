@@ -27,8 +27,6 @@ from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from .loop import FitConfig, fit
 
@@ -126,6 +124,9 @@ def fit_in_processes(
 
 def launch(processes: int, arguments: tuple, mixed_precision: str) -> None:
     """Runs `train_in_child` in children of this process. Raises the first error of one, in the place of the launcher's own reports."""
+    from torch.distributed.elastic.multiprocessing import SignalException  # not in every build of torch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     told, interrupted, before, silence = arguments[2], None, {}, logging.root.manager.disable
     if threading.current_thread() is threading.main_thread():  # the launcher changes what signals do, and leaves it so
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
