@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'MANY_PICTURES', 'TASKS', 'ICONS', 'search_app', 'SearchFolder', 'SearchStorage', 'SearchName',
-           'explained', 'tell', 'check', 'show_findings', 'forge', 'forge_here', 'took', 'read_jobs', 'preset_of',
-           'missing_sets', 'forge_missing', 'finish_task', 'report_failures', 'parse_duration', 'show_plan', 'slots_on',
-           'run', 'status', 'plan', 'show_hours', 'report', 'explore_folder', 'lab', 'app_template', 'app_entrance',
-           'write_template', 'free_port', 'open_when_ready', 'serve_app', 'prepare', 'pack', 'report_is_current',
-           'demo', 'search_run', 'opened_search', 'search_status', 'search_best', 'search_report', 'main']
+           'explained', 'tell', 'check', 'mend', 'show_findings', 'forge', 'forge_here', 'took', 'read_jobs',
+           'preset_of', 'missing_sets', 'forge_missing', 'finish_task', 'report_failures', 'parse_duration',
+           'show_plan', 'slots_on', 'run', 'status', 'plan', 'show_hours', 'report', 'explore_folder', 'lab',
+           'app_template', 'app_entrance', 'write_template', 'free_port', 'open_when_ready', 'serve_app', 'prepare',
+           'pack', 'report_is_current', 'demo', 'search_run', 'opened_search', 'search_status', 'search_best',
+           'search_report', 'main']
 
 # %% ../nbs/cli.ipynb #6d468884
 import functools
@@ -88,11 +89,33 @@ def check(
     tell(f"Looking at {dataset or 'all datasets'} in {root} ...")
     found = check_data(root, dataset, fast=fast, json_dir=json_dir, frames_per_video=frames, progress=True, paths_checked=before_decoding)
     show_findings(found)
-    kinds = [f"{count} {kind}{'s' * (count != 1)}" for kind in ("error", "warning", "notice") if (count := int((found.findings["severity"] == kind).sum()))]
+    lines = found.findings.drop_duplicates(["severity", "dataset", "finding"])  # as many as are printed
+    kinds = [f"{count} {kind}{'s' * (count != 1)}" for kind in ("error", "warning", "notice") if (count := int((lines["severity"] == kind).sum()))]
     looked = "paths only" if fast else "paths and pictures"
     tell(f"{', '.join(kinds) or 'Nothing to complain about'} ({looked}, {clock(time.monotonic() - begin)}).", "red" if found.errors else "green")
     if found.errors:
         raise typer.Exit(1)
+
+
+@data_app.command()
+@explained
+def mend(
+    root: Annotated[Path, typer.Argument(help="Folder that holds dataset_json/ and rgb/ or lmdb/; nothing is written there.")],
+    new: Annotated[Path, typer.Argument(help="Folder to make.")],
+    fast: Annotated[bool, typer.Option("--fast", help="Look at paths only: pictures that can't be decoded stay listed.")] = False,
+    dataset: Annotated[Optional[str], typer.Option(help="Name of one dataset. Default: all that are there.", show_default=False)] = None,
+    json_dir: Annotated[Optional[Path], typer.Option(help="Where to look for the JSONs first.", show_default=False)] = None,
+):
+    """Make a folder that holds only what is there and can be read: JSONs of its own, and links to the pictures."""
+    from bcos_nb.data.check import MENDED, mend_data
+
+    begin = time.monotonic()
+    tell(f"Looking at {dataset or 'all datasets'} in {root} ...")
+    left_out = mend_data(root, new, dataset, fast=fast, json_dir=json_dir, progress=True)
+    for name, count in left_out.attrs["frames"].items():
+        reasons = [f"{len(rows):,} because {why}" for why, rows in left_out[left_out["dataset"] == name].groupby("why", sort=False)]
+        tell(f"{name}: {count:,} frames are listed" + (f"; left out: {', '.join(reasons)}" if reasons else ""))
+    tell(f"Done ({took(begin)}). What was left out is in {new / MENDED}. Use {new} as root from now on: bcos-nb run GRID --data {new}", "green")
 
 
 def show_findings(found) -> None:

@@ -232,6 +232,30 @@ def test_masks_of_another_compression_serve_in_an_lmdb(copy):
     assert masks.str.contains("\\c23\\masks\\", regex=False).all()
 
 
+def test_what_is_missing_is_said_with_a_way_on(copy):
+    path = copy / "dataset_json" / "FF-DF.json"
+    folder = copy / "rgb" / FACES / "manipulated_sequences/Deepfakes/c23/frames"
+    video = next(iter(json.loads(path.read_text())["FF-DF"]["FF-DF"]["train"]["c23"]))
+    for name in ("000", "001"):
+        (folder / video / f"{name}.png").rename(folder / video / f"{name}.PNG")
+    (folder / video / "002.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"3 of \d+ frames of this split are missing.*00[01].PNG is there, and upper and lower case count: rename .* \(2\).*bcos-nb data mend"):
+        read_catalog(copy, "FF-DF", "train", "c23")
+    shutil.rmtree(copy / "rgb")
+    with pytest.raises(FileNotFoundError, match="put its `rgb` folder"):
+        read_catalog(copy, "FF-DF", "train", "c23")
+
+
+def test_a_split_without_frames_says_which_have_some(copy):
+    path = copy / "dataset_json" / "FF-DF.json"
+    content = json.loads(path.read_text())
+    content["FF-DF"] = {label: {"train": {"c23": {}}, "test": splits["test"]} for label, splits in content["FF-DF"].items()}
+    path.write_text(json.dumps(content))
+    count = sum(len(video["frames"]) for splits in content["FF-DF"].values() for level in splits["test"].values() for video in level.values())
+    with pytest.raises(FileNotFoundError, match=rf"no frames for split 'train' at compression 'c23'; it has frames for test \({count}\)"):
+        read_catalog(copy, "FF-DF", "train", "c23")
+
+
 def test_damaged_lmdb_and_lmdb_not_installed(copy, monkeypatch):
     place = pack(copy)
     monkeypatch.setitem(sys.modules, "lmdb", None)

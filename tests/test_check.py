@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 
 import cv2
+import lmdb
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from bcos_nb import cli
-from bcos_nb.data import check_data, forge_dataset
+from bcos_nb.data import check_data, forge_dataset, load_frames, mend_data, read_catalog
 from test_catalog import FACES, TABLE, copy, pack, synthetic  # copy is a fixture: of this module's mini
 
 TINY = dict(identities=6, frames_per_video=3, size=48, methods=("Deepfakes", "NeuralTextures"), compressions=("c23", "c40"), progress=False)
@@ -131,6 +132,9 @@ PLANTED = {
     "frame of 0 bytes": (lambda root: (root / REALS / "c23/frames" / train_video(root, "FF-real") / "001.png").write_bytes(b""), [("error", "frames unreadable", "train", "c23", 1)], False),
     "mask truncated": (lambda root: truncated(root / FAKES / "c23/masks" / train_video(root) / "001.png"), [("error", "masks unreadable", "train", "c23", 1)], False),
     "mask black": (lambda root: grey(root / FAKES / "c23/masks" / train_video(root) / "001.png", 0), [("warning", "masks empty", "train", "c23", 1)], False),
+    "mask softened": (lambda root: grey(root / FAKES / "c23/masks" / train_video(root) / "001.png", 251), [("warning", "masks grey", "train", "c23", 1)], False),
+    "ending in capitals": (lambda root: (root / FAKES / "c23/frames" / train_video(root) / "001.png").rename(root / FAKES / "c23/frames" / train_video(root) / "001.PNG"),
+                           [("error", "case differs", "train", "c23", 1)], True),
     "mask of another size": (lambda root: grey(root / FAKES / "c23/masks" / train_video(root) / "001.png", 255, 40), [("warning", "mask sizes differ", "train", "c23", 1)], False),
     "frame of another size": (lambda root: grey(root / REALS / "c40/frames" / train_video(root, "FF-real") / "002.png", 99, 64), [("warning", "sizes differ", "train", "c40", 1)], False),
     "mask missing everywhere": (lambda root: [(root / FAKES / c / "masks" / train_video(root) / "001.png").unlink() for c in ("c23", "c40")],
@@ -267,6 +271,77 @@ def test_length_is_the_miniatures_own_or_as_asked_for(copy):
 
 def command(*arguments):
     return CliRunner().invoke(cli.app, ["data", "check", *map(str, arguments)])
+
+
+# ---- going on without what is broken
+
+def plant_what_is_left_out(root):
+    """Spoils five frames and a mask of FF-DF; gives the paths of the six frames below rgb."""
+    fakes, reals = root / FAKES, root / REALS
+    fake, real = train_video(root), train_video(root, "FF-real")
+    (fakes / "c23/frames" / fake / "001.png").unlink()
+    truncated(fakes / "c40/frames" / fake / "002.png")
+    truncated(fakes / "c23/masks" / fake / "000.png")
+    shutil.rmtree(reals / "c23/frames" / real)
+    below = lambda place, level, video, k: f"{place.removeprefix('rgb/')}/{level}/frames/{video}/{k:03d}.png"
+    return {below(FAKES, "c23", fake, 0), below(FAKES, "c23", fake, 1), below(FAKES, "c40", fake, 2), *(below(REALS, "c23", real, k) for k in range(3))}
+
+
+def test_mending_lists_all_but_what_is_broken(copy, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in (copy / "dataset_json").iterdir()}
+    broken = plant_what_is_left_out(copy)
+    listed = json.loads((copy / "dataset_json" / "FF-DF.json").read_text())["FF-DF"]
+    paths = {frame for label in listed.values() for split in label.values() for level in split.values() for video in level.values() for frame in video["frames"]}
+    left_out = mend_data(copy, tmp_path / "new", "FF-DF")
+    assert set(left_out["path"]) == broken and len(left_out) == len(broken) == 6 and (left_out["why"] == "its mask can't be decoded").sum() == 1
+    kept = set()
+    for split in ("train", "val", "test"):
+        for level in ("c23", "c40"):
+            catalog = read_catalog(tmp_path / "new", "FF-DF", split, level)
+            kept |= set(catalog["frame"].str.removeprefix("rgb/"))
+            assert catalog.loc[catalog["label"] == 1, "mask"].notna().all() and len(load_frames(catalog, 16)) == len(catalog)
+    assert kept == paths - broken and left_out.attrs["frames"] == {"FF-DF": len(kept)}
+    assert check_data(tmp_path / "new", frames_per_video=1).errors == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # nothing was changed where the data lies
+    assert len(mend_data(copy, tmp_path / "new", "FF-DF", fast=True)) == 4  # again, by paths only: what can't be decoded stays listed
+
+
+def test_mending_an_lmdb(copy, tmp_path):
+    pack(copy)
+    with lmdb.open(str(copy / "lmdb" / f"{FACES}_lmdb"), map_size=1 << 26) as environment, environment.begin(write=True) as transaction:
+        transaction.delete(f"{REALS}/c23/frames/{train_video(copy, 'FF-real')}/001.png".removeprefix("rgb/").replace("/", "\\").encode())
+    left_out = mend_data(copy, tmp_path / "new", "FF-DF")
+    assert left_out["why"].tolist() == ["it is not there"]
+    catalog = read_catalog(tmp_path / "new", "FF-DF", "train", "c23")
+    assert catalog.attrs["lmdb"] and len(load_frames(catalog, 16)) == len(catalog) == 3 * len(catalog["video"].unique()) - 1
+
+
+def test_mending_overwrites_nothing_and_needs_something(copy, tmp_path):
+    with pytest.raises(FileExistsError, match="holds something else"):
+        mend_data(copy, copy)
+    shutil.rmtree(copy / "rgb")
+    with pytest.raises(FileNotFoundError, match="Nothing in .* can be read"):
+        mend_data(copy, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_checkout_of_deepfakebench_is_a_root(copy, tmp_path):
+    checkout = tmp_path / "DeepfakeBench"
+    (checkout / "datasets").mkdir(parents=True)
+    (checkout / "preprocessing").mkdir()
+    (copy / "rgb").rename(checkout / "datasets" / "rgb")
+    (copy / "dataset_json").rename(checkout / "preprocessing" / "dataset_json")
+    for root in (checkout, checkout / "datasets", checkout / "datasets" / "rgb"):
+        assert check_data(root, frames_per_video=3).errors == 0
+        catalog = read_catalog(root, "FF-DF", "train", "c40")
+        assert len(load_frames(catalog, 16)) == len(catalog) > 0 and catalog.loc[catalog["label"] == 1, "mask"].notna().all()
+
+
+def test_the_command_mends(copy, tmp_path):
+    plant_what_is_left_out(copy)
+    result = CliRunner().invoke(cli.app, ["data", "mend", str(copy), str(tmp_path / "new"), "--dataset", "FF-DF"])
+    assert result.exit_code == 0 and "4 because it is not there, 1 because it can't be decoded, 1 because its mask can't be decoded" in result.output and "left_out.csv" in result.output
+    assert CliRunner().invoke(cli.app, ["data", "check", str(tmp_path / "new"), "--frames", "1"]).exit_code == 0
 
 
 def test_the_command_says_what_is_there(mini):

@@ -5,7 +5,7 @@ from importlib import import_module
 _WHERE = {
     "forge_dataset": "forge", "METHODS": "forgeries", "TRACES": "forgeries",
     "read_catalog": "catalog", "METHOD_OF_LABEL": "catalog",
-    "check_data": "check", "Findings": "check",
+    "check_data": "check", "mend_data": "check", "Findings": "check",
     "FrameDataset": "frames", "Frames": "frames", "load_frames": "frames", "read_batches": "frames", "read_picture": "frames",
     "pack_frames": "cache", "PackedFrames": "cache", "open_frames": "cache",
     "Augmentation": "augment", "AUGMENTATIONS": "augment", "augment_batch": "augment", "make_augmentation": "augment",

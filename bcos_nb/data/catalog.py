@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['METHOD_OF_LABEL', 'COMPRESSED', 'COMPRESSIONS', 'SPLITS', 'COLUMNS', 'REMEDY', 'ANCHORS', 'INDEX_COLUMNS', 'CACHE',
-           'CACHE_FORM', 'STYLES', 'OPEN', 'OPENING', 'NAMED_AFTER', 'FORMS', 'TEXT', 'find_index', 'read_index',
-           'parse_index', 'normalise_path', 'normalise_folder', 'frame_number', 'sample_evenly', 'Codes', 'levels_of',
-           'split_path', 'one_folder', 'video_runs', 'index_rows', 'as_table', 'codes_of', 'of_words', 'digest',
-           'cache_place', 'read_cache', 'write_cache', 'index_table', 'Files', 'find', 'find_lmdb', 'opened_lmdb',
-           'close_inherited', 'Keys', 'mask_folders', 'real_folders', 'video_in', 'source_folder', 'Located', 'locate',
-           'locate_in_form', 'read_catalog', 'select_rows', 'video_keys', 'warn_if_repeated', 'refused_paths',
-           'refuse_faults', 'video_name', 'video_numbers', 'evenly_sampled', 'complain', 'text_of', 'joined',
-           'as_catalog']
+           'CACHE_FORM', 'STYLES', 'OPEN', 'OPENING', 'NAMED_AFTER', 'FORMS', 'TEXT', 'json_folders', 'find_index',
+           'read_index', 'parse_index', 'normalise_path', 'normalise_folder', 'frame_number', 'sample_evenly', 'Codes',
+           'levels_of', 'split_path', 'one_folder', 'video_runs', 'index_rows', 'as_table', 'codes_of', 'of_words',
+           'digest', 'cache_place', 'read_cache', 'write_cache', 'index_table', 'Files', 'find', 'find_lmdb',
+           'opened_lmdb', 'close_inherited', 'Keys', 'mask_folders', 'real_folders', 'video_in', 'source_folder',
+           'Located', 'locate', 'locate_in_form', 'read_catalog', 'select_rows', 'video_keys', 'warn_if_repeated',
+           'refused_paths', 'refuse_faults', 'video_name', 'video_numbers', 'evenly_sampled', 'complain', 'other_case',
+           'text_of', 'joined', 'as_catalog']
 
 # %% ../../nbs/data/catalog.ipynb #b540aafb
 import hashlib
@@ -53,6 +53,15 @@ COLUMNS = ["frame", "mask", "video", "label", "method", "source_frame"]
 REMEDY = "To make the built-in dataset there, run `bcos-nb forge {root}`; to use DeepfakeBench's data, put its `rgb` folder and `dataset_json` folder into {root} (see data/README.md)."
 
 # %% ../../nbs/data/catalog.ipynb #29cb42ee
+def json_folders(
+    root: Path,  # the dataset's folder; a checkout of DeepfakeBench, or its datasets or datasets/rgb, is one too
+) -> list[Path]:
+    """Where a root's JSONs may lie, best first."""
+    home = root.resolve()
+    checkout = home.parents[1] if home.parts[-2:] == ("datasets", "rgb") else home.parent if home.name == "datasets" else home
+    return [root / "dataset_json", root, *([checkout / "preprocessing" / "dataset_json"] if (checkout / "preprocessing").is_dir() else [])]
+
+
 def find_index(
     root: Path,                   # the dataset's folder
     dataset: str,                 # name of the JSON without its ending
@@ -60,7 +69,7 @@ def find_index(
 ) -> Path:
     """The dataset's JSON; FileNotFoundError says where it was looked for, and what there is."""
     folders = [Path(json_dir)] if json_dir is not None else []
-    folders += [root / "dataset_json", root]
+    folders += json_folders(root)
     for folder in folders:
         if (folder / f"{dataset}.json").is_file():
             return folder / f"{dataset}.json"
@@ -333,8 +342,8 @@ class Files:
         return name in self.listing(folder)
 
     def spelled(self, folder: str) -> Iterator[str]:
-        """Where a folder of a JSON may be: below `rgb`, or below the root itself."""
-        yield from ("rgb/" + folder, folder)
+        """Where a folder of a JSON may be: below `rgb`, below the root itself, or where a checkout of DeepfakeBench has it."""
+        yield from ("rgb/" + folder, folder, "datasets/rgb/" + folder)
 
     def held(self, place: str, names: list[str]) -> list[bool]:
         """Which of the names are in the folder `place`, which ends in a slash."""
@@ -367,7 +376,7 @@ OPEN, OPENING = {}, threading.Lock()  # place → [environment, number of its re
 def find_lmdb(root: Path, dataset: str) -> Path | None:
     """The dataset's LMDB below the root, or None."""
     names = [dataset, *(["FaceForensics++"] if dataset in COMPRESSED else [])]
-    return next((place for name in names for place in (root / "lmdb" / f"{name}_lmdb", root / f"{name}_lmdb") if place.exists()), None)
+    return next((place for name in names for place in (root / "lmdb" / f"{name}_lmdb", root / f"{name}_lmdb", root / "datasets" / "lmdb" / f"{name}_lmdb") if place.exists()), None)
 
 
 @contextmanager
@@ -579,11 +588,13 @@ def read_catalog(
     if split == "val":
         warn_if_repeated(index, rows, dataset, compression, path)
     reals = real_folders(index, compression) if NAMED_AFTER.keys() & set(rows["label"].unique()) else {}
-    del index
     refuse_faults(rows, path)
     rows = rows[evenly_sampled(rows, frames_per_video)]
     if not len(rows):
-        raise FileNotFoundError(f"{path} lists no frames for split {split!r}" + (f" at compression {compression!r}" if compression else "") + ". " + REMEDY.format(root=root))
+        others = ", ".join(f"{name} ({count:,})" for name, count in index["split"][index["name"].notna()].value_counts(sort=False).items() if count)
+        raise FileNotFoundError(f"{path} lists no frames for split {split!r}" + (f" at compression {compression!r}" if compression else "") + "; " +
+                                (f"it has frames for {others}. Ask for one of these, or fill the split in the JSON." if others else "nor for any other. Make it again from what is on disk."))
+    del index
     located = locate_in_form(rows, root, dataset, form, reals=reals)
     complain(rows, located, root, path)
     catalog = as_catalog(rows, located)
@@ -681,11 +692,25 @@ def complain(rows: pd.DataFrame, located: Located, root: Path, path: Path) -> No
     missing = np.flatnonzero(located.frame < 0)
     if len(missing):
         row, where = rows.iloc[missing[0]], f"not in {root / located.store.lmdb}" if located.store.lmdb else f"neither in {root / 'rgb'} nor in {root}"
-        raise FileNotFoundError(f"{path} names the frame {normalise_path(row['folder'] + row['name'])}, which is {where}; {len(missing)} of {len(rows)} frames of this split are missing. Copy the missing frames there, or make the JSON again from what is there. " + REMEDY.format(root=root))
+        remedy = REMEDY if len(missing) == len(rows) else "Copy them there; or do without: `bcos-nb data mend {root} NEW` makes a folder NEW whose JSONs list only what is there."
+        other = [name for name in other_case(rows.iloc[missing], located.store) if name]
+        raise FileNotFoundError(f"{path} names the frame {normalise_path(row['folder'] + row['name'])}, which is {where}; {len(missing)} of {len(rows)} frames of this split are missing. " +
+                                (f"{other[0]} is there, and upper and lower case count: rename what differs by that ({len(other)}). " if other else "") + remedy.format(root=root))
     fake = of_words(rows, "label", lambda label: METHOD_OF_LABEL[label] != "real", False).astype(bool)[codes_of(rows, "label")]
     without = int((fake & (located.mask < 0)).sum())
     if without and (located.mask >= 0).any():
         warnings.warn(f"{path}: {without} frames of fakes have no mask on disk; they serve for detection, not for the mask game.", stacklevel=3)
+
+
+def other_case(rows: pd.DataFrame, store: "Files | Keys") -> list[str | None]:
+    """Of each missing frame its path with other upper or lower case, where a file of that name is there."""
+    found, there = [], {}
+    for folder, name in zip(rows["folder"], rows["name"]):
+        if folder not in there:
+            places = [] if store.lmdb else store.spelled(normalise_folder(folder)[0])
+            there[folder] = {file.lower(): place + file for place in places for file in store.listing(place.rstrip("/"))}
+        found.append(there[folder].get(name.lower()))
+    return found
 
 
 def text_of(rows: pd.DataFrame, column: str, function=str) -> pa.Array:
