@@ -477,10 +477,13 @@ def test_other_files_are_refused(tmp_path):
     detector = create_detector("resnet10", width=0.25)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         load_checkpoint(detector, tmp_path / "nowhere.pth")
+    with pytest.raises(FileNotFoundError, match="is a folder.*ckpt_best.pth"):
+        load_checkpoint(detector, tmp_path)
     path = saved(detector.state_dict(), tmp_path / "a.pth")
     for name, data, words in (("cut.pth", path.read_bytes()[:5000], "no whole checkpoint|is refused"), ("empty.pth", b"", "no whole checkpoint|is refused"),
                               ("text.pth", b"404: not found", "no whole checkpoint|is refused"), ("cut.safetensors", b"1234", "no whole safetensors"),
-                              ("plain.pkl", pickle.dumps({"a": Runs()}), "is refused")):
+                              ("plain.pkl", pickle.dumps({"a": Runs()}), "is refused"), ("lfs.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS.*git lfs pull"),
+                              ("page.safetensors", b"\n<!DOCTYPE html><html>Quota exceeded</html>", "web page")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=words):
             load_checkpoint(detector, tmp_path / name)

@@ -512,18 +512,19 @@ def test_the_form_follows_from_what_is_free(catalog, tmp_path, monkeypatch, capl
         form(how="disk")
 
 
-def test_a_disk_that_cannot_be_written_is_no_obstacle_unless_asked_for(catalog, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")], ids=["not allowed", "read-only"])
+def test_a_disk_that_cannot_be_written_is_no_obstacle_unless_asked_for(catalog, tmp_path, monkeypatch, caplog, error):
     monkeypatch.setattr(cache_module, "free_memory", lambda: 0)
     real = Path.mkdir
 
     def refuse(path, *arguments, **options):
         if path == tmp_path / "packed":
-            raise PermissionError(13, "Permission denied", str(path))
+            raise type(error)(*error.args, str(path))
         real(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert type(open_frames(catalog, SIDE, folder=tmp_path / "packed")) is FrameDataset and "cannot be written" in caplog.text
-    with pytest.raises(PermissionError, match="folder="):
+    with pytest.raises(type(error), match=f"{error.strerror}.*folder=.*bcos-nb data mend"):
         open_frames(catalog, SIDE, how="packed", folder=tmp_path / "packed")
     monkeypatch.undo()
     spoil(catalog, 3)

@@ -402,6 +402,19 @@ def test_without_lists_people_stay_in_one_split():
     assert pd.Series([of[f"{k:03d}"] for k in range(40)]).value_counts().to_dict() == {"train": 28, "val": 6, "test": 6}
 
 
+def test_a_draw_holds_both_classes_in_every_split_where_it_can():
+    def videos(labels):
+        return [RawVideo(f"Mine/{label}/frames/{k}", "", label, ("Mine",), None, family=f"{k}") for k, label in enumerate(labels)]
+
+    for count in (6, 7, 8, 12):
+        both = [video for k in range(count) for video in videos(["real"] * (k + 1))[-1:] + ([RawVideo(f"Mine/fake/frames/{k}", "", "fake", ("Mine",), None, family=f"{k}")] if k % 2 else [])]
+        assigned, said, _ = preprocess.assign_splits(both, Path("/nowhere"), Path("/nowhere"))
+        assert {(video.split, video.label) for video in assigned} == {(split, label) for split in ("train", "val", "test") for label in ("real", "fake")}
+        assert "no column split" in said and len({(video.family, video.split) for video in assigned}) == count
+    for real in ("real", "DFDC_Real", "DFDCP_Real"):  # DeepFakeDetection, which is test only, is another
+        assert {video.split for video in preprocess.assign_splits(videos([real] * 9), Path("/nowhere"), Path("/nowhere"))[0]} == {"train", "val", "test"}
+
+
 # ---- a folder with a CSV
 
 @pytest.mark.parametrize("content, said", [
@@ -426,6 +439,10 @@ def test_csv_names_methods_and_draws_splits_by_source(photograph, tmp_path, monk
     raw = photograph[0]
     (tmp_path / "labels.csv").write_text("Video,Label,method,source\nreal.mp4,real,,\nfake.mp4,1,DFDCP B,real.mp4\nclouds.mp4,0,,\n")
     videos = preprocess.read_labels(tmp_path / "labels.csv", raw, "DFDCP")
+    (tmp_path / "semicolons.csv").write_text("\ufeffVideo;Label;method;source\r\nreal.mp4;real;;\r\nfake.mp4;1;DFDCP B;real.mp4\r\nclouds.mp4;0;;\r\n", encoding="utf-8")
+    assert preprocess.read_labels(tmp_path / "semicolons.csv", raw, "DFDCP") == videos
+    with pytest.raises(FileNotFoundError, match="There is no CSV of labels at .*none.csv"):
+        preprocess.read_labels(tmp_path / "none.csv", raw, "DFDCP")
     assert [video.label for video in videos] == ["DFDCP_Real", "DFDCP_FakeB", "DFDCP_Real"]
     assigned, said, _ = preprocess.assign_splits(videos, raw, tmp_path)
     assert assigned[0].split == assigned[1].split and "seeded" in said

@@ -228,8 +228,11 @@ def pack_frames(
             except Timeout:
                 _log.warning("Another process is packing %s: waiting for it.", place)
                 lock.acquire(timeout=-1)
-        except PermissionError as error:
-            raise PermissionError(error.errno, f"Packed frames cannot be written below {folder}. Pass folder= for another place", str(folder)) from error
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise type(error)(error.errno, f"Packed frames cannot be written below {folder} ({os.strerror(error.errno)}). Name another place (folder=, or --folder), "
+                              f"or make a root of your own that links to this one: bcos-nb data mend {dataset.root} NEW", str(folder)) from error
         try:
             found = open_if_whole(place, dataset, verify)
             if found is None:

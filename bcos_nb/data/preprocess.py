@@ -425,7 +425,11 @@ def read_labels(
     known = LABELS_OF.get(dataset) or (("real", "fake") if {"real", "fake"} <= set(METHOD_OF_LABEL) else None)
     if known is None:
         raise ValueError(f"The dataset {dataset!r} has no labels in the catalogue. With a CSV of labels, name one of {', '.join(LABELS_OF)} (--dataset).")
+    if not Path(labels).is_file():
+        raise FileNotFoundError(f"There is no CSV of labels at {labels}. Give a file with the columns video,label and, where known, split,mask,method,source.")
     table = pd.read_csv(labels, dtype=str, keep_default_na=False, skipinitialspace=True)
+    if len(table.columns) == 1 and ";" in table.columns[0]:  # as spreadsheets write it where the comma is the decimal sign
+        table = pd.read_csv(labels, sep=";", dtype=str, keep_default_na=False, skipinitialspace=True)
     table.columns = [str(column).strip().lower() for column in table.columns]
     lacking = [column for column in ("video", "label") if column not in table]
     if lacking:
@@ -496,11 +500,16 @@ def assign_splits(
             first, second = sorted((group(people[0]), group(other)))
             parent[second] = first
     groups = sorted({group(people[0]) for people in members})
-    shuffled = np.random.default_rng(0).permutation(len(groups))
     held = max(1, round(0.14 * len(groups))) if len(groups) >= 3 else 0
-    split_of = {groups[k]: "val" if n < held else "test" if n < 2 * held else "train" for n, k in enumerate(shuffled)}
-    chosen = lambda video, people: "test" if video.label.startswith("DFD") else split_of[group(people[0])]
-    return [replace(video, split=chosen(video, people)) for video, people in zip(videos, members)], f"a seeded draw, by person, of {len(groups)} groups (no lists of pairs were found; FaceForensics++'s repository has them in dataset/splits)", {}
+    place = lambda n: "val" if n < held else "test" if n < 2 * held else "train"
+    draw = lambda seed: {groups[k]: place(n) for n, k in enumerate(np.random.default_rng(seed).permutation(len(groups)))}
+    drawn = [(group(people[0]), METHOD_OF_LABEL.get(video.label) == "real") for video, people in zip(videos, members) if not video.label.startswith("DFD_")]
+    whole = lambda split_of: len({(split_of[one], real) for one, real in drawn}) == 6  # real and fake in each of the three
+    split_of = next((found for found in map(draw, range(100)) if whole(found)), draw(0))
+    chosen = lambda video, people: "test" if video.label.startswith("DFD_") else split_of[group(people[0])]
+    csv = any(video.compression is None for video in videos)
+    way_out = "the CSV of labels has no column split" if csv else "no lists of pairs were found; FaceForensics++'s repository has them in dataset/splits"
+    return [replace(video, split=chosen(video, people)) for video, people in zip(videos, members)], f"a seeded draw, by person, of {len(groups)} groups ({way_out})", {}
 
 # %% ../../nbs/data/preprocess.ipynb #e9663abc
 MARKS, REPORT, QUALITY = ".prepared", "preparation.csv", [cv2.IMWRITE_PNG_COMPRESSION, 3]
@@ -824,7 +833,7 @@ def find_raw(raw: Path, root: Path, compressions: Sequence[str], labels, dataset
         raise FileNotFoundError(f"{raw} is not a folder. Name the folder that holds the videos.")
     if labels is not None:
         if dataset is None:
-            raise ValueError(f"A CSV of labels does not say which dataset this is. Name it (--dataset), one of {', '.join(LABELS_OF)}.")
+            raise ValueError(f"A CSV of labels does not say which dataset this is. Name it (--dataset): one of {', '.join(LABELS_OF)}, or any other name for one of your own.")
         return read_labels(labels, raw, dataset), []
     videos, left_out = find_layout(raw, compressions, root)
     if not videos:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRUST', 'PACKED', 'AVERAGED', 'PREFIXES', 'BESIDES', 'SOURCES', 'CHILDREN', 'OWN', 'write_atomically',
-           'save_detector', 'load_detector', 'refusal', 'read_checkpoint', 'tensors_of', 'without_prefixes',
-           'recognise', 'shared_renaming', 'renamings_of', 'possible_names', 'CheckpointMismatch', 'head_of',
-           'hints_of', 'standardize_with', 'load_checkpoint']
+           'save_detector', 'load_detector', 'refusal', 'refuse_text', 'read_checkpoint', 'tensors_of',
+           'without_prefixes', 'recognise', 'shared_renaming', 'renamings_of', 'possible_names', 'CheckpointMismatch',
+           'head_of', 'hints_of', 'standardize_with', 'load_checkpoint']
 
 # %% ../../nbs/models/checkpoints.ipynb #122fcd1d
 import inspect
@@ -130,13 +130,26 @@ def refusal(
     return f"{path} is no whole checkpoint ({type(error).__name__}: {reason}). Copy it again."
 
 
+def refuse_text(path: Path) -> None:
+    """Raises ValueError for what is often saved in place of weights: a pointer of Git LFS, or a web page."""
+    with open(path, "rb") as file:
+        begins = file.read(512).lstrip().lower()
+    if begins.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a pointer of Git LFS, not the weights. Fetch the file itself: git lfs pull.")
+    if begins.startswith((b"<!doctype", b"<html")):
+        raise ValueError(f"{path} is a web page, not the weights. Open it in a browser to see what it says, and download the file itself.")
+
+
 def read_checkpoint(
     path: str | os.PathLike,  # .pth, .pt, .ckpt, or .safetensors
 ) -> Mapping:  # what is in it: tensors and plain containers
     """A file's content, of which no code is run. Raises FileNotFoundError, or ValueError that says why it is refused."""
     path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder. Give the file of weights in it, such as {path / 'ckpt_best.pth'}.")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there. Give the file of weights itself, such as ckpt_best.pth.")
+    refuse_text(path)
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
