@@ -173,6 +173,20 @@ def test_an_explanation_leaves_the_detector_as_it_was(images):
     assert all(torch.equal(tensor, state[name]) for name, tensor in detector.state_dict().items())
 
 
+@pytest.mark.parametrize("give, words", [
+    (lambda question: {"mine": question.images.mean(1)}, r"'mine' gave a Tensor where an Attribution with maps \[\d+, \d+, \d+\] was expected"),
+    (lambda question: {"mine": question.answer("mine", question.images)}, r"'mine' gave maps \[\d+, 3, \d+, \d+\]"),
+    (lambda question: {"main": question.answer("main", question.images[:, 0])}, "'mine' gave nothing"),
+], ids=["a tensor", "of another shape", "under another name"])
+def test_an_explainer_of_ones_own_is_told_what_it_should_have_given(give, words, images):
+    register_explainer("mine")(lambda question, requests: give(question))
+    try:
+        with pytest.raises(ValueError, match=words + ".*question.answer"):
+            explain(detector_of("resnet10", 2), images, "mine")
+    finally:
+        del EXPLAINERS["mine"]
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_explains_inside_no_grad_and_inference_mode(context, images):
     detector = detector_of("resnet10", 2)

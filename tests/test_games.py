@@ -287,6 +287,31 @@ def test_mask_game_refuses_what_cannot_be_played(frames, detector):
         play_mask_game(detector, frames, [])
 
 
+def test_mask_game_says_where_a_dataset_has_no_masks(frames, detector):
+    bare = red_frames()
+    bare.masks.zero_()
+    with pytest.raises(ValueError, match="14 of 14 fakes have no mask on disk.*FaceForensics"):
+        play_mask_game(detector, bare, ["gradcam"])
+    black = red_frames()
+    black.catalog["mask"] = "masks/0.png"
+    black.masks.zero_()
+    with pytest.raises(ValueError, match="The mask of frames/000.png has no pixel at 1"):
+        play_mask_game(detector, black, ["gradcam"])
+
+
+def test_a_network_of_ones_own_plays(frames, red):
+    class Mine(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 2)
+
+        def forward(self, images):
+            return self.layer(images.mean((2, 3)))
+
+    table = play_mask_game(Mine().eval(), frames, [red], thresholds=[0.0])
+    assert set(table["arch"]) == {"Mine"} and table["b"].isna().all() and (table["score"] == 1).all()
+
+
 def test_unweighted_bcos_score_is_the_area(frames):
     table = play_mask_game(create_detector("resnet10", b=2, width=0.25), frames, ["bcos"], thresholds=[0.0])
     unweighted = table.query("weighting == 'unweighted'")["score"].mean()

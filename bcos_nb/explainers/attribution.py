@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPLAINERS', 'Attribution', 'Question', 'by_maximum', 'Explainer', 'register_explainer', 'usable_explainers',
-           'check_explainers', 'checked_images', 'checked_target', 'undisturbed', 'explain_many', 'explain']
+           'check_explainers', 'checked_images', 'checked_target', 'undisturbed', 'check_answer', 'explain_many',
+           'explain']
 
 # %% ../../nbs/explainers/attribution.ipynb #128233e3
 import difflib
@@ -196,6 +197,18 @@ def undisturbed(
             parameter.requires_grad_(flag)
 
 
+def check_answer(
+    name: str,       # of the explainer
+    answer: object,  # what it gave
+    images: Tensor,  # [N, 3, H, W]
+) -> None:
+    "ValueError where an explainer has not given what the registry promises."
+    wanted = [len(images), *images.shape[2:]]
+    given = f"maps {list(answer.maps.shape)}" if isinstance(answer, Attribution) else "nothing" if answer is None else f"a {type(answer).__name__}"
+    if not isinstance(answer, Attribution) or list(answer.maps.shape) != wanted:
+        raise ValueError(f"The explainer {name!r} gave {given} where an Attribution with maps {wanted} was expected: return {{{name!r}: question.answer({name!r}, maps)}}.")
+
+
 def explain_many(
     detector: nn.Module,
     images: Tensor,  # [N, 3, H, W] in [0, 1]
@@ -216,6 +229,8 @@ def explain_many(
     with undisturbed(detector):
         question = Question(detector, *_question_tensors(detector, images, target), need_rgba)
         answers = {name: answer for function, names in groups.items() for name, answer in function(question, names).items()}
+    for name in requests:
+        check_answer(name, answers.get(name), question.images)
     for name, answer in answers.items():
         if not bool(torch.isfinite(answer.maps).all()):
             raise ValueError(f"The map of {name!r} is not finite, because the detector's logits or gradients are not: check its weights.")

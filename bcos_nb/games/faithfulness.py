@@ -200,7 +200,7 @@ def play_faithfulness(
     probability, fraction = torch.cat(parts, 3).double().numpy(), (removed / removed[-1]).cpu().numpy()
     index = pd.MultiIndex.from_product([CURVES, list(maps), fraction, frames.catalog["frame"].iloc[rows]], names=["curve", "explainer", "fraction", "sample"])
     table = pd.DataFrame({"probability": probability.reshape(-1)}, index=index).reset_index()
-    table = table.assign(arch=detector.arch, b=np.nan if detector.b is None else float(detector.b), dataset=dataset, compression=compression)
+    table = table.assign(arch=getattr(detector, "arch", type(detector).__name__), b=float(getattr(detector, "b", None) or np.nan), dataset=dataset, compression=compression)
     table = table[["arch", "b", "explainer", "dataset", "compression", "sample", "curve", "fraction", "probability"]]
     table.attrs.update(warning=WARNING, baseline=baseline if isinstance(baseline, str) else "given", steps=steps, target=target, frames=len(rows))
     return table

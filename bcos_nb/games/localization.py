@@ -183,7 +183,7 @@ def score_table(
     samples: Sequence[str],  # frame path or grid name, [N]
     *,
     game: str,  # "grid" or "mask"
-    detector: object,  # has `arch` and `b`
+    detector: object,  # its `arch` and `b`; a network that has none is an ordinary one named after its class
     explainer: str,  # name of the explainer or control
     dataset: str = "FaceForensics++",
     compression: str | None = "c23",
@@ -193,7 +193,7 @@ def score_table(
     for weighting, score in scores.items():
         if tuple(score.shape) != (steps, count):
             raise ValueError(f"The {weighting} scores are {list(score.shape)}, expected [{steps} thresholds, {count} samples].")
-    fixed = {"game": game, "arch": detector.arch, "b": np.nan if detector.b is None else float(detector.b)}
+    fixed = {"game": game, "arch": getattr(detector, "arch", type(detector).__name__), "b": float(getattr(detector, "b", None) or np.nan)}
     fixed |= {"explainer": explainer, "dataset": dataset, "compression": compression}
     parts = [
         pd.DataFrame(

@@ -51,6 +51,12 @@ def masked_rows(
         keep = inside.flatten(1).any(1)
         if not bool(keep.all()):
             blank = frames.catalog["frame"].iloc[rows[~keep.cpu()].numpy()].tolist()
+            unnamed = frames.catalog["mask"].isna() if "mask" in frames.catalog else pd.Series(False, frames.catalog.index)
+            if empty == "error" and unnamed.iloc[rows[~keep.cpu()].numpy()].any():
+                raise ValueError(
+                    f"{int(unnamed.iloc[fakes.numpy()].sum())} of {len(fakes)} fakes have no mask on disk ({blank[0]} is the first here), so no map can point at it."
+                    " Play with a dataset that has masks, such as FaceForensics++, or leave such frames out with empty='skip'."
+                )
             if empty == "error":
                 raise ValueError(
                     f"The mask of {blank[0]} has no pixel at 1 at {inside.shape[-1]} px ({len(blank)} of {len(rows)} in its batch), so no"
