@@ -273,21 +273,23 @@ def finish_task(task: str, runs: Path) -> None:
 
 
 def report_failures(table, runs: Path, retried: bool = False) -> None:
-    """Raises RuntimeError with the reason of every run that is not complete; those that only waited for such a one are counted."""
+    """Tells why runs are not complete, each reason once, and raises RuntimeError; runs that only waited for such a one are counted."""
     from bcos_nb.batch.grid_run import EARLIER
 
     broken = table[table.status.isin(["failed", "busy"])]
     if not len(broken):
         return
     causes = broken[~broken.error.str.startswith("not started")]
-    reasons = "; ".join(f"{row.run}: {row.error}" for row in causes.itertuples())
+    for _, alike in causes.groupby(causes.error.str.replace(r" \(see [^()]*\)$", "", regex=True), sort=False):
+        more = f" and {len(alike) - 2} more" if len(alike) > 2 else ""
+        tell(f"{', '.join(alike.run[:2])}{more}: {alike.error.iloc[0]}", "red", error=True)
     waited, left = len(broken) - len(causes), int(causes.error.str.startswith(EARLIER).sum())
     also = f" {waited} more were not started because they need one of these." if waited else ""
     stays = (causes.status == "failed").any() and not retried
     next_step = "Start again with --retry-failed to try failed runs again; without it they are left alone." if stays else "Start again to do what is missing."
     if left == len(causes):
         also += " Nothing failed now."
-    raise RuntimeError(f"{len(broken)} of {len(table)} runs in {runs} are not complete. {reasons}.{also} {next_step}")
+    raise RuntimeError(f"{len(broken)} of {len(table)} runs in {runs} are not complete.{also} {next_step}")
 
 
 def parse_duration(text: str) -> float:  # seconds
@@ -376,7 +378,7 @@ def run(
         tell(f"{summary(planned, states, left)}. How far they are: bcos-nb status {runs}")
         table = run_jobs(planned, wait_for_others=wait, retry_failed=retry_failed, time_limit=limit, **slots)
     report_failures(table, runs)
-    tell(f"All {len(table)} runs in {runs} are complete; {int((table.status == 'done').sum())} of them were done now ({took(begin)}).", "green")
+    tell(f"All {len(table)} runs in {runs} are complete, {int((table.status == 'done').sum())} of them done now ({took(begin)}).", "green")
     if grid in TASKS:
         finish_task(grid, runs)
 

@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -154,7 +155,7 @@ def test_a_demo_does_what_is_missing_and_nothing_else(stubs, tmp_path):
 def test_a_grid_file_runs_a_notebook_of_yours(stubs, tmp_path):
     (tmp_path / "grid.yaml").write_text("notebook: notebooks/detect.ipynb\ngrid: {b: [1.25, 3]}\nout: somewhere\n")
     answer = CliRunner().invoke(cli.app, ["run", "grid.yaml"])
-    assert answer.exit_code == 0 and "All 2 runs in somewhere are complete; 2 of them were done now" in answer.output
+    assert answer.exit_code == 0 and "All 2 runs in somewhere are complete, 2 of them done now" in answer.output
     assert len(list((tmp_path / "somewhere").glob("*/metrics.json"))) == 2
 
 
@@ -176,8 +177,18 @@ def test_a_part_of_a_grid_its_state_and_what_failed(stubs, tmp_path):
     assert code == 0 and "8 runs: 2 done, 1 failed, 5 to do" in text and "from complete runs here" in text and "Nothing was started" in text
 
     code, text = said("run", "tiny.yaml", "--out", "runs/tiny", "--only", "detect", "--retry-failed", "--time-limit", "10m")
-    assert code == 0 and "All 4 runs" in text and "2 of them were done now" in text
+    assert code == 0 and "All 4 runs" in text and "2 of them done now" in text
     assert said("status", "runs/tiny")[1].startswith("4 runs: 4 done ")
+
+
+def test_a_reason_that_several_runs_share_is_told_once(capsys, tmp_path):
+    rows = [("detect/a", "ValueError: no disk (see runs/a.ipynb)"), ("detect/b", "ValueError: no disk (see runs/b.ipynb)"), ("train/c", "OSError: other (see runs/c.ipynb)"),
+            ("detect/d", "ValueError: no disk (see runs/d.ipynb)"), ("detect/c", "not started: train/c failed")]
+    table = pd.DataFrame([dict(run=run, status="failed", error=error) for run, error in rows] + [dict(run="train/e", status="done", error="")])
+    with pytest.raises(RuntimeError, match="5 of 6 runs in .* are not complete. 1 more were not started.*--retry-failed"):
+        cli.report_failures(table, tmp_path)
+    text = " ".join(capsys.readouterr().err.split())
+    assert text == "detect/a, detect/b and 1 more: ValueError: no disk (see runs/a.ipynb) train/c: OSError: other (see runs/c.ipynb)"
 
 
 @pytest.mark.parametrize("text, seconds", [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("2d", 172800), ("1:30:00", 5400), ("2:30", 150)])
