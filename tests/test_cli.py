@@ -191,6 +191,36 @@ def test_a_reason_that_several_runs_share_is_told_once(capsys, tmp_path):
     assert text == "detect/a, detect/b and 1 more: ValueError: no disk (see runs/a.ipynb) train/c: OSError: other (see runs/c.ipynb)"
 
 
+def test_a_detector_trained_elsewhere_becomes_a_run(tmp_path, monkeypatch):
+    import torch
+    import yaml
+    from bcos_nb.batch.runs import find_training
+    from bcos_nb.models import create_detector, load_detector
+
+    monkeypatch.chdir(tmp_path)
+    theirs = create_detector("resnet10", width=0.25)
+    torch.save({f"module.{name}": value for name, value in theirs.state_dict().items()}, tmp_path / "ckpt_best.pth")
+
+    def said(*arguments):
+        answer = CliRunner().invoke(cli.app, ["adopt", "ckpt_best.pth", "runs/theirs", *arguments])
+        return answer.exit_code, " ".join(answer.output.split())
+
+    code, text = said("--arch", "resnet10")
+    assert code == 1 and "does not fit" in text and not (tmp_path / "runs").exists()
+    code, text = said("--arch", "resnet10", "--option", "width=0.25", "--image-size", "64", "--compression", "none", "--dataset", "DFDC")
+    assert code == 0 and "bcos-nb run runs/theirs/ckpt_best-detect.yaml" in text
+    folder = find_training("runs/theirs/train/ckpt_best", None)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(load_detector(folder).eval()(images), theirs.eval()(images))
+    for experiment, key in (("detect", "compressions"), ("mask_game", "compression"), ("grid_game", "compression")):
+        grid = yaml.safe_load((tmp_path / f"runs/theirs/ckpt_best-{experiment}.yaml").read_text())
+        jobs, out = cli.read_jobs(f"runs/theirs/ckpt_best-{experiment}.yaml", None, None)
+        assert grid["notebook"] == experiment and out == Path(f"runs/theirs/{experiment}") and len(jobs) == 1
+        assert jobs[0].params["detector"] == str(folder) and jobs[0].params["image_size"] == 64 and jobs[0].params[key] == ([None] if experiment == "detect" else None)
+    assert said("--arch", "resnet10", "--option", "width=0.25")[0] == 1
+
+
 @pytest.mark.parametrize("text, seconds", [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("2d", 172800), ("1:30:00", 5400), ("2:30", 150)])
 def test_durations_as_people_write_them(text, seconds):
     assert cli.parse_duration(text) == seconds
