@@ -366,3 +366,21 @@ def test_forms_know_whether_they_are_exact():
     assert Form().is_exact and Form(norm="uncentred").is_exact
     assert not any(Form(**{name: value}).is_exact for name, value in (("activation", "drop"), ("bias", "drop"), ("pool", "average")))
     assert all(isinstance(layer, DynamicLinearModule) for layer in (BcosConv2d(1, 1), GatedActivation(nn.GELU())))
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.ReLU(inplace=True)])
+def test_a_layer_under_two_names_is_exchanged_under_both(activation):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), activation, nn.Conv2d(8, 8, 3, padding=1), activation, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)).eval()
+    detector = bcosify(network, 1)
+    assert detector.network[1] is detector.network[3] and detector.network[1] is not network[1]
+    assert not getattr(detector.network[3], "inplace", False) and is_complete(detector, images())
+
+
+def test_a_network_of_small_outputs_is_checked_as_strictly():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2, bias=False))
+    with torch.no_grad():
+        network[-1].weight *= 1e-5
+    with pytest.raises(ValueError, match="no linear map"):
+        bcosify(network, 2)

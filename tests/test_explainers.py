@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from bcos_nb.explainers import EXPLAINERS, alpha_maps, explain, explain_many, register_explainer, usable_explainers
+from bcos_nb.explainers import EXPLAINERS, alpha_maps, explain, explain_many, explain_windows, register_explainer, usable_explainers
 from bcos_nb.layers import explanation_mode
 from bcos_nb.models import create_detector, list_detectors
 
@@ -251,3 +251,53 @@ def test_bad_options_and_broken_weights_are_refused(images):
     broken.fc.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         explain(broken, images, "gradcam")
+
+
+@pytest.mark.parametrize("target", [None, "fake"])
+def test_a_target_that_is_no_number_is_refused_in_words(target, images):
+    with pytest.raises(ValueError, match=r"target must be 0 \(real\)"):
+        explain(detector_of("resnet10", None), images, "gradcam", target)
+
+
+# ---- what an explanation must not depend on
+
+@pytest.mark.parametrize("logits", [dict(logit_temperature=1e6), dict(logit_temperature=1e6, logit_bias=3.0)])
+def test_cams_beside_a_bcos_map_are_the_same_however_small_the_logits(logits):
+    """VGG's head does not read its cam_layer: with the pooling between them left out, the logits differ by their own size, which is tiny here."""
+    torch.manual_seed(0)
+    detector, images = create_detector("vgg16", b=2, width=0.25, **logits).double().eval(), torch.rand(2, 3, 96, 96).double()
+    beside, alone = explain_many(detector, images, [*CAMS, "bcos"]), explain_many(detector, images, CAMS)
+    for name, answer in alone.items():
+        assert (beside[name].maps - answer.maps).abs().max() < 1e-6, name
+
+
+def with_statistics(detector, images):
+    for norm in detector.modules():
+        if getattr(norm, "momentum", None) is not None:
+            norm.momentum = 1.0
+    with torch.no_grad():
+        detector.train()(images)
+    return detector.eval()
+
+
+@pytest.mark.parametrize("b", [None, 2])
+def test_an_explanation_is_the_same_inside_autocast(b, images):
+    detector = with_statistics(detector_of("resnet10", b), images)
+    names = usable_explainers(detector)
+    outside = explain_many(detector, images, names, options=quick(names))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = explain_many(detector, images, names, options=quick(names))
+        assert torch.is_autocast_enabled("cpu")
+    for name in names:
+        assert torch.equal(inside[name].maps, outside[name].maps) and torch.equal(inside[name].logits, outside[name].logits), name
+
+
+@pytest.mark.parametrize("b", [None, 2])
+def test_an_image_of_one_window_has_the_maps_of_the_image(b):
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    detector = with_statistics(detector_of("resnet10", b), images)
+    names = usable_explainers(detector)
+    whole = explain_many(detector, images, names, options=quick(names))
+    windows = explain_windows(detector, images, names, options=quick(names), window=64)
+    for name in names:
+        assert (windows[name].maps - whole[name].maps).abs().max() < 1e-4, name

@@ -1,5 +1,6 @@
 """Layers against the reference package, literal loops in float64 and numerical derivatives; the network as one linear map."""
 import itertools
+import json
 import threading
 
 import bcos
@@ -610,7 +611,7 @@ def test_contributions_and_bias_of_a_detector_sum_to_its_logit(b, options):
         logits = detector(images)
     total = answer.contributions.double().sum((1, 2)) + answer.bias.double()
     logit = logits.double().gather(1, target[:, None])[:, 0]
-    assert torch.allclose(total, logit, rtol=1e-4, atol=1e-4) and torch.allclose(answer.logits, logits, atol=1e-5)
+    assert torch.allclose(total, logit, rtol=1e-4, atol=1e-4) and torch.allclose(answer.logits, logits, rtol=1e-4, atol=1e-5)  # logits of hundreds, in float32
     assert answer.weights.shape == answer.encoded.shape == (3, 6, 32, 40) and float(answer.error.max()) <= 1e-4
     if set(options) <= {"logit_bias"}:
         assert torch.allclose(answer.bias, torch.full((3,), options.get("logit_bias", 0.0)))
@@ -643,6 +644,39 @@ def test_dynamic_linear_leaves_the_detector_as_it_was_and_works_in_no_grad():
     assert all(torch.equal(value, state[name]) for name, value in detector.state_dict().items())
     assert all(parameter.grad is None for parameter in detector.parameters())
     assert not any(tensor.requires_grad for tensor in vars(answer).values())
+
+
+@pytest.mark.parametrize("ambient", [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
+def test_the_linear_map_is_the_same_in_inference_mode_and_under_autocast(ambient):
+    detector = create_detector("resnet10", b=2, width=0.125).train()
+    detector(torch.rand(8, 3, 32, 32))
+    images = torch.rand(2, 3, 32, 32)
+    expected = dynamic_linear(detector, images)
+    with ambient():
+        row = dynamic_linear(detector, images.clone())
+    assert torch.equal(row.weights, expected.weights) and torch.equal(row.logits, expected.logits)
+
+
+def test_the_check_sees_what_is_missing_of_a_small_logit():
+    """Completeness by its definition in NumPy: what is missing, over the size of what there is."""
+    detector = create_detector("resnet10", b=2, width=0.125, logit_temperature=1e6).eval()
+    images = torch.rand(2, 3, 32, 32)
+    complete = dynamic_linear(detector, images, tolerance=1e-5)
+    assert float(complete.logits.abs().max()) < 1e-4
+    detector.pool = Plus()
+    with pytest.raises(RuntimeError, match="misses its logit"):
+        dynamic_linear(detector, images)
+    row = dynamic_linear(detector, images, check=False)
+    contributions = row.contributions.double().flatten(1).numpy()
+    missing = np.abs(contributions.sum(1) + row.bias.double().numpy() - row.logits[:, 1].double().numpy())
+    there = np.maximum(np.abs(row.logits[:, 1].double().numpy()), np.abs(contributions).sum(1))
+    assert np.allclose(row.error.double().numpy(), missing / there, rtol=1e-4)
+
+
+def test_a_logit_of_nothing_is_complete():
+    detector = create_detector("resnet10", b=2, width=0.125).eval()
+    torch.nn.init.zeros_(detector.fc.weight)
+    assert float(dynamic_linear(detector, torch.rand(2, 3, 32, 32)).error.max()) == 0
 
 
 @pytest.mark.parametrize("target", [2, -1, torch.tensor([0, 1]), torch.tensor([0, 1, 2]), 0.5])
@@ -726,6 +760,13 @@ def test_two_threads_explain_two_detectors_and_a_third_trains():
 def test_exponents_below_one_are_refused(layer, b):
     with pytest.raises(ValueError, match="at least 1"):
         layer(b)
+
+
+@pytest.mark.parametrize("b", [np.int64(2), np.float32(1.25), np.float64(1.75)])
+def test_an_exponent_out_of_a_table_is_a_python_number(b):
+    layers = BcosConv2d(3, 4, 3, b=b), BcosLinear(3, 4, b=b), create_detector("resnet10", b=b, width=0.125)
+    assert all(type(layer.b) in (int, float) and layer.b == b for layer in layers)
+    assert json.loads(json.dumps(layers[2].arguments))["b"] == float(b)
 
 
 @pytest.mark.parametrize("max_out", [0, -2])

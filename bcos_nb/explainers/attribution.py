@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..layers.bcos import without_autocast
 from ..layers.dynamic_linear import evaluating
 
 # %% ../../nbs/explainers/attribution.ipynb #3035a335
@@ -45,6 +46,7 @@ class Question:
     need_rgba: bool = True  # False where nobody will look at colour images
     kept: Tensor | None = field(default=None, repr=False)  # logits that some method has computed
     activations: Tensor | None = field(default=None, repr=False)  # of the detector's cam_layer, if a method has seen them
+    scores: Tensor | None = field(default=None, repr=False)  # what the logit layer was given then
 
     def keep(self, logits: Tensor) -> Tensor:  # [N, 2]
         "Remember the logits of the images, without their graph."
@@ -173,7 +175,10 @@ def checked_images(detector: nn.Module, images: Tensor) -> Tensor:
 
 def checked_target(target: int | Tensor, images: Tensor) -> Tensor:
     "The class of each image, int64 [N]."
-    wanted = torch.as_tensor(target, device=images.device)
+    try:
+        wanted = torch.as_tensor(target, device=images.device)
+    except (RuntimeError, TypeError, ValueError):  # None, a name
+        wanted = torch.tensor(float("nan"))
     if wanted.is_floating_point() or wanted.dtype == torch.bool or wanted.ndim > 1 or (wanted.ndim == 1 and len(wanted) != len(images)):
         raise ValueError(f"target must be 0 (real), 1 (fake), or one of them for each of the {len(images)} images, got {target!r}.")
     if not bool(((wanted == 0) | (wanted == 1)).all()):
@@ -185,12 +190,12 @@ def checked_target(target: int | Tensor, images: Tensor) -> Tensor:
 def undisturbed(
     detector: nn.Module,
 ) -> Iterator[nn.Module]:  # the detector, in evaluation mode, parameters frozen
-    "Inside, gradients with respect to images can be taken; outside, nothing has changed: modes, flags, gradients."
+    "Inside, gradients with respect to images can be taken, and no autocast rounds them; outside, nothing has changed: modes, flags, gradients."
     asked = [(parameter, parameter.requires_grad) for parameter in detector.parameters()]
     try:
         for parameter, _ in asked:
             parameter.requires_grad_(False)
-        with evaluating(detector), torch.inference_mode(False), torch.enable_grad():
+        with evaluating(detector), without_autocast(next(detector.parameters(), torch.empty(0))), torch.inference_mode(False), torch.enable_grad():
             yield detector
     finally:
         for parameter, flag in asked:
@@ -219,7 +224,7 @@ def explain_many(
 ) -> dict[str, Attribution]:  # in the order of `methods`
     """Explain one batch by several methods, which share forward and backward passes where they can.
 
-    The detector's device decides; the batch is moved there. Raises ValueError for an unknown method or option, a method that
+    The detector's device and precision decide; the batch is moved there, and autocast is off. Raises ValueError for an unknown method or option, a method that
     cannot serve the detector, and images that are not finite floats in [0, 1].
     """
     requests = check_explainers(detector, methods, options)

@@ -103,20 +103,24 @@ def _no_linear_map(detector: nn.Module) -> str | None:
 
 @contextmanager
 def seen_by_cam_layer(question: Question) -> Iterator[None]:
-    "Inside, the activations that CAM methods need are kept as the network computes them."
-    layer = getattr(question.detector, "cam_layer", None)
-    if not isinstance(layer, nn.Module):
+    "Inside, the activations that CAM methods need, and the class scores, are kept as the network computes them."
+    layer, last = (getattr(question.detector, name, None) for name in ("cam_layer", "logit_layer"))
+    if not isinstance(layer, nn.Module) or not isinstance(last, nn.Module):
         yield
         return
 
     def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
         question.activations = output.detach()
 
-    handle = layer.register_forward_hook(keep)
+    def keep_scores(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        question.scores = inputs[0].detach()
+
+    handles = [layer.register_forward_hook(keep), last.register_forward_pre_hook(keep_scores)]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @register_explainer("bcos", unable=_no_linear_map, rescale=scaled_alpha, first=True, smooth=15, percentile=99.5, tolerance=1e-3)

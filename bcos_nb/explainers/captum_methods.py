@@ -275,6 +275,6 @@ def captum_maps(
                 values = PERTURBATIONS.get(name, _integrated_gradients)(question, **options)
         values = values.detach().float()
         contributions = values.mean(1) if name in PERTURBATIONS else values.sum(1)
-        maps = positive_maps(contributions) if channels is None else positive_maps(_magnitude(values, channels))
-        answers[name] = question.answer(name, maps, contributions=contributions)
+        raw = contributions.clamp(min=0) if channels is None else _magnitude(values, channels)
+        answers[name] = question.answer(name, positive_maps(raw), contributions=contributions, raw=raw)
     return answers

@@ -236,7 +236,7 @@ def score_step(
         maps[name] = control.to(images.device).repeat(times).expand(len(images), -1, -1)
     scores = {region: {name: localization_scores(some, inside, thresholds) for name, some in maps.items()}
               for region, inside in regions.items()}
-    return logits.double().softmax(1)[:, 1].cpu().numpy(), scores
+    return logits.cpu().double().softmax(1)[:, 1].numpy(), scores
 
 
 def plain_logits(detector: nn.Module, images: Tensor) -> Tensor:  # [N, 2]
@@ -358,12 +358,12 @@ def play_departure(
             continue
         for family, step, some, regions in steps_of(images.to(device), masks, rows, families, seed, others, batch_size):
             if label == 0:
-                probabilities = plain_logits(detector, some).double().softmax(1)[:, 1].cpu().numpy()
+                probabilities = plain_logits(detector, some).cpu().double().softmax(1)[:, 1].numpy()
             else:
                 larger = windows if tuple(some.shape[2:]) != (height, width) else None
                 probabilities, scored = score_step(detector, some, regions, explainers, thresholds, options, controls, larger)
                 for region, by_name in scored.items():
-                    chances.setdefault((family, step, region), []).append(regions[region].flatten(1).double().mean(1).cpu().numpy())
+                    chances.setdefault((family, step, region), []).append(regions[region].cpu().flatten(1).double().mean(1).numpy())
                     kept_scores = scores.setdefault((family, step, region), {})
                     for name, part in by_name.items():
                         kept_scores.setdefault(name, []).append({weighting: score.cpu() for weighting, score in part.items()})

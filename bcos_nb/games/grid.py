@@ -25,6 +25,7 @@ from ..data.frames import picked
 from ..detection import score_frames
 from ..explainers.attribution import Attribution, check_explainers, explain_many
 from ..explainers.windows import explain_windows
+from ..layers.bcos import widest_float
 from .localization import THRESHOLDS, score_table
 from .measures import OtherRegions, check_measures, score_maps
 
@@ -313,7 +314,7 @@ def play_grid_game(
     for which in tqdm(everyone.split(batch_size or pixel_batch(grids.cell, grids.n**2)), desc="grid game", unit="batch", disable=not progress):
         images, cells = grids.images(which).to(device), grids.marked(which)
         regions = grids.spread(cells).to(device)
-        contrast = grids.spread(others.contrast(cells, [names[k] for k in which.tolist()])).to(device) if "specificity" in measures else None
+        contrast = grids.spread(others.contrast(cells, [names[k] for k in which.tolist()])).to(device, widest_float(device)) if "specificity" in measures else None
         maps = {name: answer.maps for name, answer in (explain_whole_or_windows(detector, images, explainers, options, windows) if len(explainers) else {}).items()}
         for name, some in (maps | maps_of_controls(controls, images, explainers, options, windows)).items():
             parts.setdefault(name, []).append(score_maps(some, regions, thresholds, measures, contrast=contrast))

@@ -20,6 +20,7 @@ THRESHOLDS = tuple(round(i / 10, 1) for i in range(11))  # the study's: 0.0 to 1
 def _checked(maps: Tensor, regions: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
     "Maps, regions and thresholds as tensors of one device, or a ValueError that says what is wrong with them."
     maps, regions = torch.as_tensor(maps).detach(), torch.as_tensor(regions).detach()
+    maps = maps.cpu() if maps.device.type == "mps" else maps  # sums are in float64, which MPS has not
     if maps.ndim != 3 or maps.shape != regions.shape:
         raise ValueError(
             f"maps and regions must have one shape [N, H, W], but maps are {list(maps.shape)} and regions {list(regions.shape)}."
@@ -120,7 +121,8 @@ def localization_scores(
     """Share of the attribution that falls inside the region, equations (3) and (4) of the study.
 
     `weighted` adds up the map's values, `unweighted` counts the pixels above 0 that are left. A map with nothing left above a
-    threshold scores 0 there. The result has the maps' floating type (float32 for half precision) and lies on their device.
+    threshold scores 0 there. The result has the maps' floating type (float32 for half precision) and lies on their device (maps on MPS:
+    on the CPU).
 
     Raises ValueError on unequal shapes, maps or regions outside [0, 1], NaN, a region without a pixel inside, and thresholds
     outside [0, 1].

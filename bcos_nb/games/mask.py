@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ..data import FrameDataset, Frames
 from ..explainers.attribution import explain_many
 from .grid import check_players, frame_batch, frame_size, inside_masks, joined, maps_of_controls, mask_batch, origin, pixel_batch
+from ..layers.bcos import widest_float
 from .localization import THRESHOLDS, score_table
 from .measures import OtherRegions, check_measures, read_strength, score_maps
 
@@ -135,10 +136,10 @@ def play_mask_game(
     for fakes in masked_rows(frames, batch_size, empty):
         images, inside, about = frame_batch(frames, fakes.rows)[0].to(device), fakes.inside.to(device), frames.catalog.iloc[fakes.rows.numpy()]
         samples += fakes.paths
-        area += float(inside.flatten(1).double().mean(1).sum())
+        area += float(fakes.inside.flatten(1).double().mean(1).sum())
         weights = {"soft": fakes.masks.to(device)}
         if "specificity" in measures:
-            weights["contrast"] = others.contrast(fakes.inside, scenes(about)).to(device)
+            weights["contrast"] = others.contrast(fakes.inside, scenes(about)).to(device, widest_float(device))
         if "strength" in measures:
             about.attrs = dict(frames.catalog.attrs)
             weights["strength"], away = read_strength(about, inside)

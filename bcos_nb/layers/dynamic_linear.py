@@ -13,7 +13,7 @@ from typing import Iterator
 import torch
 from torch import Tensor, nn
 
-from .bcos import DynamicLinearModule
+from .bcos import DynamicLinearModule, widest_float, without_autocast
 
 # %% ../../nbs/layers/dynamic_linear.ipynb #c74796df
 @contextmanager
@@ -74,7 +74,7 @@ class DynamicLinear:
     contributions: Tensor  # W(x) ⊙ x summed over channels, signed, [N, H, W]
     bias: Tensor           # what of the logit is no pixel's doing, [N]
     logits: Tensor         # of both classes, [N, 2]
-    error: Tensor          # |Σ contributions + bias − logit| / max(1, |logit|), [N]
+    error: Tensor          # |Σ contributions + bias − logit|, relative to |logit| or, if larger, to Σ |contributions| + |bias| up to 1, [N]
 
 
 def as_target(
@@ -96,14 +96,17 @@ def dynamic_linear(
     target: int | Tensor = 1,  # the class whose logit is explained, or one an image, [N]
     *,
     check: bool = True,        # raise if a map does not account for its logit
-    tolerance: float = 1e-4,   # for the check, relative to max(1, |logit|)
+    tolerance: float = 1e-4,   # for the check, of `DynamicLinear.error`
 ) -> DynamicLinear:  # on the detector's device, without graph
     """W(x) of one logit an image, in evaluation mode (Böhle et al. 2022, eq. 9), with its completeness error.
 
+    In the detector's own precision, also where it is called under autocast; in inference mode too.
     Raises ValueError for an ordinary network, RuntimeError if contributions and bias miss the logit by more than `tolerance`.
     """
     constants: list[Tensor] = []
-    with evaluating(detector), explanation_mode(detector, constants), without_weight_gradients(detector), torch.enable_grad():
+    with (evaluating(detector), explanation_mode(detector, constants), without_weight_gradients(detector), without_autocast(images),
+          torch.inference_mode(False), torch.enable_grad()):
+        images = images.clone() if images.is_inference() else images
         encoded = detector.encode(images).detach()
         if encoded.device.type == "cpu" and encoded.ndim == 4:  # the layout that convolutions are faster in there
             encoded = encoded.contiguous(memory_format=torch.channels_last)
@@ -114,12 +117,14 @@ def dynamic_linear(
         weights, *shares = torch.autograd.grad(logit.sum(), [encoded, *constants], allow_unused=True)
     encoded, weights, logits, logit = encoded.detach().contiguous(), weights.contiguous(), logits.detach(), logit.detach()
     contributions = (weights * encoded).sum(1)
-    bias = torch.zeros_like(logit, dtype=torch.float64)
+    wide = widest_float(logit.device)
+    bias = torch.zeros_like(logit, dtype=wide)
     for share, constant in zip(shares, constants):
         if share is not None:
-            bias = bias + (share * constant.detach()).flatten(1).sum(1, dtype=torch.float64)
-    total = contributions.flatten(1).sum(1, dtype=torch.float64) + bias
-    error = ((total - logit).abs() / logit.abs().clamp_min(1)).to(logit.dtype)
+            bias = bias + (share * constant.detach()).flatten(1).sum(1, dtype=wide)
+    total = contributions.flatten(1).sum(1, dtype=wide) + bias
+    there = contributions.flatten(1).abs().sum(1, dtype=wide) + bias.abs()  # a logit of 1e-6 is checked by its own size
+    error = ((total - logit).abs() / torch.maximum(logit.abs().to(wide), there.clamp(1e-30, 1))).to(logit.dtype)
     if check and not bool((error <= tolerance).all()):
         worst = int(error.nan_to_num(float("inf")).argmax())
         raise RuntimeError(f"The explanation of image {worst} misses its logit {logit[worst]:.6g} by {error[worst]:.1e} "

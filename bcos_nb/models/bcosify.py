@@ -266,8 +266,8 @@ def convert(
     done[id(first)] = bcos_conv(first, b, form, six_channel_weight(first.weight.detach(), mean, std))
 
     def walk(module: nn.Module) -> None:
-        for name, child in list(module.named_children()):
-            if isinstance(module, Attention) and name == "to_qkv":
+        for name, child in list(module._modules.items()):  # `named_children` leaves out a second name of the same layer
+            if child is None or isinstance(module, Attention) and name == "to_qkv":
                 continue  # mixes tokens; stays linear
             if id(child) not in done:
                 done[id(child)] = counterpart(child, b, form)
@@ -507,7 +507,7 @@ def bcosify(
     Constants that layers add are kept and reported as the explanation's bias (`dynamic_linear(...).bias`), unless dropped; with norm="uncentred"
     all of them are biases, which `decay_biases` can take away during fine-tuning. Raises ValueError for networks with layers that have no B-cos form.
     """
-    check_b(b)
+    b = check_b(b)
     form = Form(activation, bias, norm, pool)
     if getattr(network, "is_bcos", False):
         raise ValueError(f"{type(network).__name__} is a B-cos network already; training.set_b changes its exponent.")

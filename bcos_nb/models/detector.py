@@ -154,7 +154,7 @@ def create_detector(
     if arch not in BUILDERS:
         raise ValueError(f"arch={arch!r} is unknown. Choose one of: {', '.join(BUILDERS)}.")
     if b is not None:
-        check_b(b)
+        b = check_b(b)
     if variant not in VARIANTS:
         raise ValueError(f"variant={variant!r} is unknown. Choose one of: {', '.join(VARIANTS)}.")
     if norm is not None and norm not in NORMS:
