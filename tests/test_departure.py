@@ -295,6 +295,7 @@ def test_mistakes_are_named():
     frames, detector = planted(), BrightnessDetector()
     for said, change in (
         ("no explainer 'gradcam1'", dict(explainers=["gradcam1"])), ("families=", dict(families=["blur"])), ("each once", dict(families=["noise", "noise"])),
+        ("frames' size.*got BrightnessDetector", dict(controls={"mine": BrightnessDetector()})),
         ("frames' size", dict(controls={"mine": torch.ones(8, 8)})), ("both explainer and control", dict(controls={"uniform": torch.ones(SIZE, SIZE)})),
         ("Name an explainer", dict(explainers=[])),
     ):

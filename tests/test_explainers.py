@@ -1,7 +1,10 @@
 """Explainers against the reference packages, and what an explanation must not do to a detector."""
+import sys
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bcos_nb.explainers import EXPLAINERS, alpha_maps, explain, explain_many, explain_windows, register_explainer, usable_explainers
 from bcos_nb.layers import explanation_mode
@@ -301,3 +304,21 @@ def test_an_image_of_one_window_has_the_maps_of_the_image(b):
     windows = explain_windows(detector, images, names, options=quick(names), window=64)
     for name in names:
         assert (windows[name].maps - whole[name].maps).abs().max() < 1e-4, name
+
+
+def test_no_explainer_makes_float64_where_a_device_has_none(monkeypatch, images):
+    """As on MPS, which this machine need not have: the widest type is float32 there, and float64 is an error."""
+    class Refuses(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                assert not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float64, function
+            return result
+
+    monkeypatch.setattr(sys.modules["bcos_nb.layers.dynamic_linear"], "widest_float", lambda device: torch.float32)
+    detector = with_statistics(detector_of("resnet10", 2), images)
+    names = [name for name in usable_explainers(detector) if name != "lime"]  # which solves its regression on the CPU then
+    expected = explain_many(detector, images, names, options=quick(names))
+    with Refuses():
+        answers = explain_many(detector, images, names, options=quick(names))
+    assert all(torch.equal(answers[name].maps, expected[name].maps) for name in names)

@@ -152,6 +152,8 @@ def test_wrong_input_is_refused_with_words():
         play_faithfulness(create_detector("resnet10", width=0.25), frames, ["bcos"])
     with pytest.raises(ValueError, match="both explainer and control"):
         play_faithfulness(create_detector("resnet10", width=0.25), frames, ["gradcam"], controls={"gradcam": torch.ones(16, 16)})
+    with pytest.raises(ValueError, match="'random' must be one finite map.*got Linear"):  # a detector is a control of the pointing games only
+        play_faithfulness(Linear(16), frames, controls={"random": Linear(16)})
     with pytest.raises(ValueError, match="'centre' must be one finite map"):
         play_faithfulness(Linear(16), frames, controls={"centre": torch.ones(8, 8)})
 

@@ -673,6 +673,13 @@ def test_the_check_sees_what_is_missing_of_a_small_logit():
     assert np.allclose(row.error.double().numpy(), missing / there, rtol=1e-4)
 
 
+def test_rounding_of_half_precision_is_named_as_such():
+    detector = create_detector("resnet10", b=2, width=0.125).train()
+    detector(torch.rand(8, 3, 32, 32))
+    with pytest.raises(RuntimeError, match=r"bfloat16 has too few digits.*detector\.float\(\)"):
+        dynamic_linear(detector.bfloat16(), torch.rand(2, 3, 32, 32).bfloat16(), tolerance=1e-6)
+
+
 def test_a_logit_of_nothing_is_complete():
     detector = create_detector("resnet10", b=2, width=0.125).eval()
     torch.nn.init.zeros_(detector.fc.weight)

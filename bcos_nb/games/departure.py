@@ -298,8 +298,9 @@ def check_departure(detector, frames, explainers, families, controls, options) -
     if unknown or not families or len(set(families)) < len(families):
         raise ValueError(f"families={list(families)}: expected one or more of {', '.join(DEPARTURES)}, each once.")
     for name, control in controls.items():
-        if tuple(control.shape) != frame_size(frames):
-            raise ValueError(f"The control {name!r} must be one map of the frames' size {list(frame_size(frames))}, got {list(control.shape)}.")
+        given = list(control.shape) if isinstance(control, Tensor) else type(control).__name__
+        if given != list(frame_size(frames)):
+            raise ValueError(f"The control {name!r} must be one map of the frames' size {list(frame_size(frames))}, got {given}.")
     labels = frames.catalog["label"].to_numpy()
     fakes, reals = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
     if len(fakes) == 0:

@@ -208,8 +208,9 @@ def play_faithfulness(
 
 def _for_all(name: str, control: Tensor, images: Tensor) -> Tensor:
     "A control's map for every image of the batch."
-    if control.shape != images.shape[-2:] or not bool(torch.isfinite(control).all()):
-        raise ValueError(f"The control {name!r} must be one finite map of the frames' size {list(images.shape[-2:])}, got {list(control.shape)}.")
+    if not isinstance(control, Tensor) or control.shape != images.shape[-2:] or not bool(torch.isfinite(control).all()):
+        given = list(control.shape) if isinstance(control, Tensor) else type(control).__name__
+        raise ValueError(f"The control {name!r} must be one finite map of the frames' size {list(images.shape[-2:])}, got {given}.")
     return control.to(images.device).expand(len(images), -1, -1)
 
 # %% ../../nbs/games/faithfulness.ipynb #a3a9e935

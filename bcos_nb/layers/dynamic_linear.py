@@ -127,7 +127,7 @@ def dynamic_linear(
     error = ((total - logit).abs() / torch.maximum(logit.abs().to(wide), there.clamp(1e-30, 1))).to(logit.dtype)
     if check and not bool((error <= tolerance).all()):
         worst = int(error.nan_to_num(float("inf")).argmax())
-        raise RuntimeError(f"The explanation of image {worst} misses its logit {logit[worst]:.6g} by {error[worst]:.1e} "
-                           f"(allowed: {tolerance:.0e}). Some layer of {type(detector).__name__} is not linear in explanation "
-                           "mode: it should be a DynamicLinearModule that hands its constants to add_constant.")
+        reason = (f"Some layer of {type(detector).__name__} is not linear in explanation mode: it should be a DynamicLinearModule that hands its constants to add_constant."
+                  if encoded.dtype.itemsize >= 4 else f"{encoded.dtype} has too few digits for more: explain the detector in float32, as detector.float(), or allow a larger tolerance.")
+        raise RuntimeError(f"The explanation of image {worst} misses its logit {logit[worst]:.6g} by {error[worst]:.1e} (allowed: {tolerance:.0e}). {reason}")
     return DynamicLinear(weights, encoded, contributions, bias.to(logit.dtype), logits, error)
