@@ -35,8 +35,8 @@ from ..games.grid import frame_batch, mask_batch
 from ..layers.dynamic_linear import evaluating
 from ..models import Detector
 from ..reports.tables import STUDY_EXPLAINERS, arch_name, b_name, explainer_name
-from .canvas import STYLES, MapCanvas, Panel
-from .explanations import ExplanationCache
+from .canvas import STYLES, MapCanvas, Panel, packed_table
+from .explanations import ExplanationCache, version_of
 from .saving import SaveBar, canvas_page
 
 _log = logging.getLogger(__name__)
@@ -94,9 +94,37 @@ class Background:
         elif not self.loop.is_closed():
             self.loop.call_soon_threadsafe(action, *values)
 
+    def soon(
+        self,
+        lane: str,
+        action: Callable[[], None],  # called in the kernel's thread
+        seconds: float,
+    ) -> None:
+        """Does something that can wait, after some time in which the lane gets nothing else."""
+        ticket = self.tickets[lane] = self.tickets.get(lane, 0) + 1
+        if self.loop is None:
+            action()
+        else:
+            self.loop.call_later(seconds, lambda: action() if self.tickets[lane] == ticket else None)
+
     def drop(self, lane: str) -> None:
         """Nobody wants the lane's result any more."""
         self.tickets[lane] = self.tickets.get(lane, 0) + 1
+
+
+class Quiet:
+    """What doesn't act on changes of its own controls while `quiet` is true."""
+
+    quiet = False
+
+    @contextmanager
+    def hold_changes(self) -> Iterator[None]:
+        """Inside, it doesn't act on changes of its own controls."""
+        before, self.quiet = self.quiet, True
+        try:
+            yield
+        finally:
+            self.quiet = before
 
 # %% ../../nbs/widgets/explorer.ipynb #142f41f7
 AnyFrames = Frames | FrameDataset
@@ -208,7 +236,7 @@ def flow(*parts: widgets.Widget) -> widgets.HBox:
     return box
 
 
-class FrameChooser(widgets.VBox):
+class FrameChooser(Quiet, widgets.VBox):
     """A filmstrip with its filters. `frames` and `row` are what is chosen; `on_change` tells whoever wants to know."""
 
     def __init__(
@@ -227,7 +255,7 @@ class FrameChooser(widgets.VBox):
         self.doing, self.failed, self.shown, self.picture = doing, failed, shown, picture
         self.told: list[Callable[[], None]] = []
         self.probabilities: dict[tuple[str, str], np.ndarray] = {}  # p(fake) by set and detector
-        self.quiet, self.rows, self.at, self.page = False, np.array([], int), 0, None
+        self.rows, self.at, self.page = np.array([], int), 0, None
         self.wish: str | None = None  # the frame to go to as soon as the filters are applied
         self.set = dropdown("set", list(self.sets), "260px", "40px")
         self.method = dropdown("frames", ["all frames"], "190px", "50px")
@@ -279,15 +307,6 @@ class FrameChooser(widgets.VBox):
             action()
         except Exception as error:
             self.failed(error)
-
-    @contextmanager
-    def hold_changes(self) -> Iterator[None]:
-        """Inside, the chooser doesn't act on changes of its own controls."""
-        before, self.quiet = self.quiet, True
-        try:
-            yield
-        finally:
-            self.quiet = before
 
     def begin(self) -> None:
         """Shows the first frame."""
@@ -369,10 +388,10 @@ class FrameChooser(widgets.VBox):
     def go(self, at: int) -> None:
         """To a position among the chosen frames."""
         self.at = max(min(at, len(self.rows) - 1), 0)
+        self.tell()  # the maps first: the browser takes messages in their order
         with self.hold_changes():
             self.slider.value = self.at
         self.guarded(self.show_strip)
-        self.tell()
 
     def clicked(self, change: dict) -> None:
         """A picture of the strip was chosen."""
@@ -451,7 +470,7 @@ def kind_of(
     return str(method) if isinstance(method, str) else ("fake" if row["label"] == 1 else "real" if row["label"] == 0 else "image")
 
 # %% ../../nbs/widgets/explorer.ipynb #869ae8be
-class MapChoice(widgets.VBox):
+class MapChoice(Quiet, widgets.VBox):
     """Which detectors and explainers are shown, as boxes to tick."""
 
     def __init__(
@@ -483,7 +502,6 @@ class MapChoice(widgets.VBox):
         self.rows, self.archs, self.explainers = (self.boxes(names, chosen, told) for names, chosen, told in (
             (labels, ticked, str), (archs, archs[:1], arch_name), (offered, list(dict.fromkeys(first))[:columns], explainer_name)))
         self.told: list[Callable[[], None]] = []
-        self.quiet = False
         lines = [flow(widgets.HTML('<span class="bcos-group">explainers</span>', layout=widgets.Layout(width="74px")), *self.explainers.values())]
         if len(labels) > 1:
             lines.insert(0, flow(widgets.HTML('<span class="bcos-group">B</span>', layout=widgets.Layout(width="74px")), *self.rows.values()))
@@ -529,13 +547,10 @@ class MapChoice(widgets.VBox):
             missing = sorted(set(settings[name]) - set(getattr(self, name)))
             if missing:
                 raise ValueError(f"There is no {missing[0]!r} among {', '.join(getattr(self, name))}: open the detectors that the settings were saved with.")
-        self.quiet = True
-        try:
+        with self.hold_changes():
             for name in ("rows", "archs", "explainers"):
                 for label, box in getattr(self, name).items():
                     box.value = label in settings[name]
-        finally:
-            self.quiet = False
 
 
 def spread(
@@ -668,9 +683,44 @@ def score_rows(
 
 # %% ../../nbs/widgets/explorer.ipynb #42c382da
 SLOW = {"lime", "rise", "kernel_shap", "occlusion"}  # not computed ahead: hundreds of passes
+MOST_READY = 32 << 20  # bytes of frames that were made ready for the browser, and no more than READY of them
+READY = 12
 
 
-class Instrument(widgets.VBox):
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is to be seen of each frame."""
+
+    frames: AnyFrames
+    rows: list[str]  # of the table, as `MapChoice.chosen` gives them
+    columns: list[tuple[str, str]]
+    names: list[list[str | None]]
+    target: int  # class to explain
+    chosen: np.ndarray  # rows of the frames that pass the filters
+
+    def key(self, row: int, detectors: Mapping[str, Detector]) -> tuple:
+        """What a frame made ready is known by: everything that its maps, scores and words depend on."""
+        names = tuple(map(tuple, self.names))
+        versions = tuple(version_of(detectors[name]) for name in sorted({name for line in names for name in line if name}))
+        return id(self.frames), int(row), tuple(self.rows), tuple(self.columns), names, self.target, self.chosen.tobytes(), versions
+
+
+@dataclass(eq=False)
+class View:
+    """A frame made ready."""
+
+    asked: Asked  # keeps the frames, so that their id stays theirs
+    shown: Shown
+    content: dict  # of `packed_table`
+
+    @property
+    def bytes(self) -> int:
+        """What its arrays take."""
+        parts = [value for name in ("images", "masks", "panels") for one in self.content[name] for value in one.values()]
+        return sum(len(value) for value in parts if isinstance(value, bytes))
+
+
+class Instrument(Quiet, widgets.VBox):
     """What the exploring instruments share. `shown` is what is seen, `threshold.value` the threshold."""
 
     name = "instrument"
@@ -698,6 +748,7 @@ class Instrument(widgets.VBox):
         self.cache, self.background = ExplanationCache(max_bytes) if cache is None else cache, Background()
         self.shown: Shown | None = None
         self.ahead: list = []
+        self.views: dict[tuple, View] = {}  # made ready, the oldest first
         self.message, self.bar = widgets.HTML(layout=widgets.Layout(margin="0")), widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="220px", display="none"))
         self.words = widgets.HTML(layout=widgets.Layout(margin="0"))
         self.words.add_class("bcos-doing")
@@ -718,7 +769,6 @@ class Instrument(widgets.VBox):
         self.saving = SaveBar(self.name, self.canvas, self.score_table, self.settings, self.restore, self.page, folder=folder)
         self.chooser.on_change(self.update), self.choice.on_change(self.update), self.canvas.on_step(self.chooser.step)
         self.target.observe(lambda change: self.quiet or self.update(), "value")
-        self.quiet = False
         self.make_parts()
         super().__init__([widgets.HTML(STYLE), self.chooser, self.choice, *self.parts()], layout=widgets.Layout(max_width=f"{width}px"))
         self.add_class("bcos-explorer")
@@ -731,49 +781,71 @@ class Instrument(widgets.VBox):
         """Everything below the filmstrip and the choice of maps."""
         return [flow(self.threshold, self.look, self.target, self.opacity, self.outline), flow(self.bar, self.words), self.message, self.canvas, self.saving]
 
-    def measures(self, shown: Shown) -> Callable | None:
-        """More numbers below each map, see `map_panels`; called beside the kernel's thread."""
+    def measures(self, shown: Shown, rows: np.ndarray) -> Callable | None:
+        """More numbers below each map, see `map_panels`; called beside the kernel's thread with the rows that are chosen."""
         return None
 
     def arrived(self) -> None:
         """Called when another frame is shown."""
 
     def update(self) -> None:
-        """Explains what is chosen and shows it."""
+        """Explains what is chosen and shows it; at once where it was made ready before."""
         for some in self.ahead:
             some.cancel()
         try:
-            chosen, frames, row, target = self.choice.chosen(), self.chooser.frames, self.chooser.row, self.target.value
+            asked, row = Asked(self.chooser.frames, *self.choice.chosen(), self.target.value, self.chooser.rows), self.chooser.row
         except ValueError as error:
             self.background.drop("view")
             return self.failed(error)
+        if (key := asked.key(row, self.detectors)) in self.views:
+            self.background.drop("view")
+            return self.show(self.views[key])
+        self.background.run("view", lambda wanted: self.view(asked, row, wanted, self.told), self.show, self.failed)
 
-        def work(wanted: Callable[[], bool]) -> tuple | None:
-            told = lambda name, passed, expected: self.background.say(self.doing, passed / max(expected or 2 * passed, passed, 1), f"{name} explains the frame")
-            shown = look(self.detectors, frames, row, chosen, self.cache, target=target, wanted=wanted, progress=told)
-            return None if shown is None else (shown, map_panels(shown, self.measures(shown)))
+    def told(self, name: str, passed: int, expected: int | None) -> None:
+        """Says from beside the kernel's thread how far a detector is."""
+        self.background.say(self.doing, passed / max(expected or 2 * passed, passed, 1), f"{name} explains the frame")
 
-        self.background.run("view", work, self.show, self.failed)
+    def view(self, asked: "Asked", row: int, wanted: Callable[[], bool] = lambda: True, progress: Callable | None = None) -> "View | None":
+        """A frame with its maps as the browser takes it."""
+        shown = look(self.detectors, asked.frames, row, (asked.rows, asked.columns, asked.names), self.cache, target=asked.target, wanted=wanted, progress=progress)
+        if shown is None:
+            return None
+        view = View(asked, shown, packed_table(*map_panels(shown, self.measures(shown, asked.chosen))))
+        self.views[asked.key(row, self.detectors)] = view
+        while len(self.views) > 1 and (len(self.views) > READY or sum(one.bytes for one in list(self.views.values())) > MOST_READY):
+            self.views.pop(next(iter(self.views)), None)
+        return view
 
-    def show(self, found: tuple | None) -> None:
+    def show(self, view: "View | None") -> None:
         """Puts a frame with its maps on the canvas."""
-        if found is None:
+        if view is None:
             return
-        shown, (panels, columns, rows) = found
-        self.shown = shown
+        self.shown, columns = view.shown, view.content["columns"]
+        lead = 130 if any(view.content["rows"]) else 0
+        with self.canvas.hold_sync():
+            self.canvas.side = max(64, min(self.side, (self.room - lead - 24) // max(len(columns), 1) - 10))
+            self.canvas.content = view.content
         self.doing(None, "")
         self.message.value = ""
-        lead = 130 if any(rows) else 0
-        self.canvas.side = max(64, min(self.side, (self.room - lead - 24) // max(len(columns), 1) - 10))
-        self.canvas.show(panels, columns, rows)
         self.arrived()
         if self.background.loop is not None and self.forward:
-            wanted: dict[str, list[str]] = {}
-            for _, _, name, explainer, _ in shown.places():
-                if explainer not in SLOW:
-                    wanted.setdefault(name, []).append(explainer)
-            rows_ahead = self.chooser.ahead(self.forward)
-            self.ahead = [self.cache.ahead(self.detectors[name], shown.frames, rows_ahead, explainers, target=self.target.value) for name, explainers in reversed(wanted.items())]
+            self.background.soon("ahead", lambda: self.look_ahead(view.asked), 0.05)  # not before the picture is on its way
+
+    def look_ahead(self, asked: "Asked") -> None:
+        """Has the neighbours of the frame explained, and made ready as soon as they are."""
+        wanted: dict[str, list[str]] = {}
+        for _, _, name, explainer, _ in self.shown.places():
+            if explainer not in SLOW:
+                wanted.setdefault(name, []).append(explainer)
+        rows = self.chooser.ahead(self.forward)
+
+        def explained(done: int, count: int) -> None:  # in the thread that explains
+            row = rows[done - 1]
+            if asked.key(row, self.detectors) not in self.views and all(self.cache.has(self.detectors[name], asked.frames, row, some, target=asked.target) for name, some in wanted.items()):
+                self.view(asked, row)
+
+        self.ahead = [self.cache.ahead(self.detectors[name], asked.frames, rows, explainers, target=asked.target, progress=explained) for name, explainers in reversed(wanted.items())]
 
     def doing(self, share: float | None, words: str) -> None:
         """Shows how far some work is; None: it is done."""
@@ -800,11 +872,8 @@ class Instrument(widgets.VBox):
     def restore(self, settings: dict) -> None:
         """Chooses what was chosen once. ValueError where it isn't there."""
         self.choice.restore(settings["maps"])
-        self.quiet = True
-        try:
+        with self.hold_changes():
             self.look.value, self.target.value = settings["style"], settings["target"]
-        finally:
-            self.quiet = False
         for control, trait in ((self.threshold, "threshold"), (self.opacity, "opacity"), (self.outline, "outline")):
             control.value = settings[trait]
             setattr(self.canvas, trait, settings[trait])

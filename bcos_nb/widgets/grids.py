@@ -10,8 +10,7 @@ __all__ = ['STEPS', 'HERE', 'OWN', 'DEALS', 'cell_scores', 'pool_of', 'deal_cell
 import html
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from ..models import Detector, load_detector
 from ..reports.tables import detector_name, explainer_name
 from .canvas import MapCanvas, Panel
 from .explanations import ExplanationCache
-from .explorer import first_side
+from .explorer import Quiet, first_side
 from .opening import find_data
 from .saving import SaveBar, canvas_page
 
@@ -211,7 +210,7 @@ def thumbnail(
 OWN, DEALS = "own", ("faces it is right about", "all faces")
 
 
-class GridExplorer(widgets.VBox):
+class GridExplorer(Quiet, widgets.VBox):
     """A grid of faces, what each explainer makes of it, and which cell wins.
 
     `explorer.cells` are the rows of `explorer.frames` in the grid, `explorer.shares(name)` a map's shares of the cells at the chosen
@@ -246,7 +245,7 @@ class GridExplorer(widgets.VBox):
         self.tables: dict[str, dict[str, np.ndarray]] = {}
         self.run: GridRun | None = None
         self.opened: dict[str, GridRun] = {}
-        self.cells, self.quiet, self.chosen_cell, self.note, self.number = None, False, None, "", None
+        self.cells, self.chosen_cell, self.note, self.number = None, None, "", None
         self.make_controls(n, seed, find_grid_runs(runs))
         self.make_display(folder)
         controls = [widgets.HBox([self.source, self.detector, self.deal_from, self.n, self.fakes]), self.dealing, self.stepping,
@@ -310,15 +309,6 @@ class GridExplorer(widgets.VBox):
         self.board.on_choice(lambda cell: self.guarded(self.choose_cell, cell))
         self.candidates.on_choice(lambda place: self.guarded(self.put_offered, place))
         self.save = SaveBar("grids", self.canvas, self.score_table, self.settings, self.restore, self.page, folder=folder)
-
-    @contextmanager
-    def hold_changes(self) -> Iterator[None]:
-        """A context in which the explorer doesn't act on changes of its own controls."""
-        before, self.quiet = self.quiet, True
-        try:
-            yield
-        finally:
-            self.quiet = before
 
     def guarded(self, action: Callable, *given) -> None:
         """Does something, and writes into the widget what went wrong with it."""

@@ -55,19 +55,37 @@ def other_mean(
     most: int = 64,  # as many at most, of as many videos as can be
 ) -> Tensor | None:  # [H, W] in [0, 1]; None where there is no other
     """Mean region of other videos."""
-    known = {} if known is None else known
-    rows = np.asarray(rows)
-    key = id(frames), hash(rows.tobytes())
-    if key not in known:
-        labels, videos = frames.catalog["label"].to_numpy(), frames.catalog["video"].astype(str).to_numpy()
-        fakes = rows[labels[rows] == 1]
-        some = fakes[np.unique(np.linspace(0, len(fakes) - 1, min(len(fakes), most)).round().astype(int))] if len(fakes) else fakes
-        regions = mask_batch(frames, torch.as_tensor(some)) >= 1 - 1e-6 if len(some) else torch.zeros(0)
-        known.clear()
-        known[key] = regions, videos[some]
-    regions, videos = known[key]
-    others = [k for k, video in enumerate(videos) if video != str(frames.catalog["video"].iloc[row]) and bool(regions[k].any())]
-    return regions[others].double().mean(0) if others else None
+    key, read = (id(frames), np.asarray(rows).tobytes()), {} if known is None else known
+    there = read.get(key)
+    if there is None:
+        there = region_sums(frames, np.asarray(rows), most)
+        read.clear()
+        read[key] = there
+    sums, counts = there
+    own = str(frames.catalog["video"].iloc[row])
+    count = sum(counts.values()) - counts.get(own, 0)
+    if not count:
+        return None
+    return (sums[None] - sums[own] if own in counts else sums[None]) / count
+
+
+def region_sums(
+    frames: AnyFrames,
+    rows: np.ndarray,
+    most: int,  # frames
+) -> tuple[dict[str | None, Tensor], dict[str, int]]:  # sums [H, W] and numbers of the regions by video; at None the sum of all
+    """The regions of evenly chosen fakes, added up."""
+    fakes = rows[frames.catalog["label"].to_numpy()[rows] == 1]
+    some = fakes[np.unique(np.linspace(0, len(fakes) - 1, min(len(fakes), most)).round().astype(int))] if len(fakes) else fakes
+    sums, counts = {None: torch.zeros(1, 1, dtype=torch.float64)}, {}
+    if len(some):
+        regions = mask_batch(frames, torch.as_tensor(some)) >= 1 - 1e-6
+        for video, region in zip(frames.catalog["video"].astype(str).to_numpy()[some], regions):
+            if bool(region.any()):
+                sums[video] = sums.get(video, 0) + region.double()
+                sums[None] = sums[None] + region.double()
+                counts[video] = counts.get(video, 0) + 1
+    return sums, counts
 
 
 def frame_curves(
@@ -249,9 +267,9 @@ class ThresholdExplorer(Instrument):
         lines = [flow(self.threshold, self.play, self.look, self.target, self.opacity, self.outline), flow(self.bar, self.words), self.message, self.canvas]
         return [*lines, flow(self.scope, self.most), self.plot, self.table, self.saving]
 
-    def measures(self, shown: Shown) -> Callable:
+    def measures(self, shown: Shown, rows: np.ndarray) -> Callable:
         """Specificity below each map; the curves are worked out on the way."""
-        others = None if shown.inside is None else other_mean(shown.frames, shown.row, self.chooser.rows, self.regions)
+        others = None if shown.inside is None else other_mean(shown.frames, shown.row, rows, self.regions)
 
         def measure(r: int, c: int, answer: Attribution) -> dict:
             shown.curves[r, c] = frame_curves(answer.maps, shown.inside, others)
@@ -260,8 +278,8 @@ class ThresholdExplorer(Instrument):
         return measure
 
     def arrived(self) -> None:
-        """Another frame or other maps."""
-        self.draw()
+        """Another frame or other maps: curves and means follow when nobody steps on."""
+        self.background.soon("draw", self.draw, 0.12)
 
     def named(self) -> dict[tuple[int, int], tuple[str, str, float | None, int]]:
         """For each place with a map: name of its curve, explainer, B and its place among the B."""
@@ -368,11 +386,8 @@ class ThresholdExplorer(Instrument):
 
     def restore(self, settings: dict) -> None:
         """Chooses what was chosen once."""
-        self.quiet = True
-        try:
+        with self.hold_changes():
             self.scope.value, self.most.value = settings["scope"], settings["most"]
-        finally:
-            self.quiet = False
         super().restore(settings)
 
     def more_of_page(self) -> str:
