@@ -36,42 +36,41 @@ function readMask(mask) {
 }
 
 function readPanel(panel, images, masks) {
-  const map = typed(panel.attribution, Uint16Array), image = images[panel.image], mask = masks[panel.mask] || null;
-  const read = { ...panel, image, mask, map, contributions: typed(panel.contributions, Int16Array), rgba: typed(panel.rgba, Uint8Array), iso: {} };
-  if (map) {  // of each stored value and all above: pixels, and pixels inside the mask; with their sums, one look-up scores any threshold
-    const size = LEVELS + 3, all = new Float64Array(size), inside = new Float64Array(size);
-    for (let i = 0; i < map.length; i++) all[map[i]]++;
-    if (mask) for (let i = 0; i < map.length; i++) if (mask.inside[i]) inside[map[i]]++;
-    const allSum = new Float64Array(size), insideSum = new Float64Array(size);
-    for (let q = LEVELS + 1; q >= 0; q--) {
-      allSum[q] = allSum[q + 1] + all[q] * valueOf(q);
-      insideSum[q] = insideSum[q + 1] + inside[q] * valueOf(q);
-      all[q] += all[q + 1];
-      inside[q] += inside[q + 1];
-    }
-    Object.assign(read, { all, inside, allSum, insideSum });
+  return { ...panel, image: images[panel.image], mask: masks[panel.mask] || null, map: typed(panel.attribution, Uint16Array),
+           contributions: typed(panel.contributions, Int16Array), rgba: typed(panel.rgba, Uint8Array), relief: null, filled: null, drawn: null };
+}
+
+function keptOf(panel, from) {  // number and sum of the values that are kept, and those inside the mask; one pass is faster than any table of them
+  const { map, mask } = panel, inside = mask && mask.inside;
+  let count = 0, sum = 0, within = 0, part = 0;
+  for (let i = 0; i < map.length; i++) {
+    const q = map[i];
+    if (q < from) continue;
+    count++;
+    sum += q;
+    if (inside && inside[i]) { within++; part += q; }
   }
-  return read;
+  return { count, within, sum: (sum - 0.5 * count) / LEVELS, part: (part - 0.5 * within) / LEVELS };
 }
 
 function scoresOf(panel, threshold) {  // as localization_scores: nothing left scores 0; null where there is nothing to score
   if (!panel.map) return { weighted: null, unweighted: null, kept: null };
-  const q = lowest(threshold), share = (part, whole) => whole > 0 ? part / whole : 0;
-  const kept = panel.all[q] / panel.map.length;
+  const found = keptOf(panel, lowest(threshold)), share = (part, whole) => whole > 0 ? part / whole : 0;
+  const kept = found.count / panel.map.length;
   if (!panel.mask) return { weighted: null, unweighted: null, kept };
-  return { weighted: share(panel.insideSum[q], panel.allSum[q]), unweighted: share(panel.inside[q], panel.all[q]), kept };
+  return { weighted: share(found.part, found.sum), unweighted: share(found.within, found.count), kept };
 }
 
 function boxOf(panel, box, threshold) {  // share of what is left inside a rectangle, and of the signed contributions
   const [x0, y0, x1, y1] = box, width = panel.image.width, from = lowest(threshold);
   let part = 0, pieces = 0, total = 0;
   for (let y = y0; y < y1; y++) for (let x = x0, i = y * width + x0; x < x1; x++, i++) {
-    if (panel.map && panel.map[i] >= from) part += valueOf(panel.map[i]);
+    if (panel.map && panel.map[i] >= from) part += (panel.map[i] - 0.5) / LEVELS;
     if (panel.contributions) pieces += panel.contributions[i];
   }
   if (panel.contributions) for (let i = 0; i < panel.contributions.length; i++) total += panel.contributions[i];
-  const scale = panel.scale / 32767;
-  return { attribution: panel.map ? (panel.allSum[from] > 0 ? part / panel.allSum[from] : 0) : null,
+  const scale = panel.scale / 32767, whole = panel.map ? keptOf(panel, from).sum : 0;
+  return { attribution: panel.map ? (whole > 0 ? part / whole : 0) : null,
            contribution: panel.contributions ? pieces * scale : null, contributions: panel.contributions ? total * scale : null };
 }
 
@@ -90,22 +89,58 @@ function borders(inside, width, height) {  // along the edges of pixels
   return path;
 }
 
-function contour(map, width, height, level) {  // marching squares between the centres of pixels, linear between values
-  const path = new Path2D(), points = [];
-  const cross = (xa, ya, a, xb, yb, b) => {
-    if ((a >= level) === (b >= level)) return;
-    const t = (level - a) / (b - a);
-    points.push(xa + t * (xb - xa) + 0.5, ya + t * (yb - ya) + 0.5);
-  };
-  for (let y = 0; y < height - 1; y++) for (let x = 0; x < width - 1; x++) {
-    const i = y * width + x, a = map[i], b = map[i + 1], c = map[i + width + 1], d = map[i + width];
-    const above = (a >= level) + (b >= level) + (c >= level) + (d >= level);
-    if (above === 0 || above === 4) continue;
-    points.length = 0;
-    cross(x, y, a, x + 1, y, b); cross(x + 1, y, b, x + 1, y + 1, c); cross(x + 1, y + 1, c, x, y + 1, d); cross(x, y + 1, d, x, y, a);
-    for (let k = 0; k + 3 < points.length; k += 4) { path.moveTo(points[k], points[k + 1]); path.lineTo(points[k + 2], points[k + 3]); }
+const ROUGH = 0.03;  // a map that a 3 × 3 average changes by more than this share of its spread is averaged again before lines are drawn on it
+
+function averaged(field, width, height) {  // over 3 × 3 pixels, weights 1 2 1
+  const across = new Float32Array(field.length), out = new Float32Array(field.length);
+  for (let y = 0; y < height; y++) for (let x = 0, i = y * width; x < width; x++, i++) {
+    across[i] = (field[x ? i - 1 : i] + 2 * field[i] + field[x < width - 1 ? i + 1 : i]) / 4;
   }
-  return path;
+  for (let y = 0, i = 0; y < height; y++) for (let x = 0; x < width; x++, i++) {
+    out[i] = (across[y ? i - width : i] + 2 * across[i] + across[y < height - 1 ? i + width : i]) / 4;
+  }
+  return out;
+}
+
+function reliefOf(map, width, height, across, down) {  // a map at the pixels of the screen, and how steep it is there, for `isoline`
+  let field = Float32Array.from(map), mean = 0, spread = 0;
+  for (let i = 0; i < field.length; i++) mean += field[i] / field.length;
+  for (let i = 0; i < field.length; i++) spread += Math.abs(field[i] - mean);
+  for (let pass = 0; pass < 8; pass++) {  // speckle has no lines worth drawing
+    const smooth = averaged(field, width, height);
+    let moved = 0;
+    for (let i = 0; i < field.length; i++) moved += Math.abs(field[i] - smooth[i]);
+    field = smooth;
+    if (moved <= ROUGH * spread) break;
+  }
+  const level = new Float32Array(across * down), slope = new Float32Array(across * down);
+  for (let y = 0, k = 0; y < down; y++) {
+    const v = Math.min(Math.max((y + 0.5) * height / down - 0.5, 0), height - 1), top = Math.floor(v), b = v - top, low = Math.min(top + 1, height - 1) * width;
+    for (let x = 0; x < across; x++, k++) {
+      const u = Math.min(Math.max((x + 0.5) * width / across - 0.5, 0), width - 1), left = Math.floor(u), a = u - left, right = Math.min(left + 1, width - 1);
+      const upper = field[top * width + left] * (1 - a) + field[top * width + right] * a, lower = field[low + left] * (1 - a) + field[low + right] * a;
+      level[k] = upper * (1 - b) + lower * b;
+    }
+  }
+  for (let y = 0, k = 0; y < down; y++) for (let x = 0; x < across; x++, k++) {
+    const dx = level[x < across - 1 ? k + 1 : k] - level[x ? k - 1 : k], dy = level[y < down - 1 ? k + across : k] - level[y ? k - across : k];
+    slope[k] = dx || dy ? Math.max(Math.sqrt(dx * dx + dy * dy) / 2, LEVELS * 5e-4) : 1e-6;  // no thick lines where it is nearly flat, none where it is flat
+  }
+  return { level, slope };
+}
+
+function isoline(relief, at, colour, width, rim, out) {  // over what is in `out`, by the distance of each pixel from the line: as fast on a noisy map as on a smooth one
+  const { level, slope } = relief, [red, green, blue] = colour, inner = width / 2 + 0.5, outer = inner + rim;
+  for (let i = 0, k = 0; i < level.length; i++, k += 4) {
+    const off = Math.abs(level[i] - at);
+    if (off >= outer * slope[i]) continue;
+    const far = off / slope[i], line = Math.min(Math.max(inner - far, 0), 1), dark = 0.55 * Math.min(outer - far, 1);
+    const below = (1 - line) * (1 - dark) * out[k + 3] / 255, alpha = line + (1 - line) * dark + below;
+    out[k] = (red * line + out[k] * below) / alpha;
+    out[k + 1] = (green * line + out[k + 1] * below) / alpha;
+    out[k + 2] = (blue * line + out[k + 2] * below) / alpha;
+    out[k + 3] = 255 * alpha;
+  }
 }
 
 // ---- pictures
@@ -177,18 +212,29 @@ function stroke(context, path, colour, width, unit, dash = []) {
   context.setLineDash([]);
 }
 
+function drawIsolines(context, panel, shown, threshold, brushwork, unit) {  // on the pixels of the screen
+  const { width, height } = context.canvas;
+  if (!panel.relief) {
+    panel.relief = reliefOf(panel.map, panel.image.width, panel.image.height, width, height);
+    panel.ground = new ImageData(width, height);
+    panel.sheet = new ImageData(width, height);
+    if (shown === "contours") for (const level of ISO) {
+      const at = 3 * Math.round(255 * (0.35 + 0.6 * level));
+      isoline(panel.relief, level * LEVELS + 1, brushwork.heat.slice(at, at + 3), unit, 0.8 * unit, panel.ground.data);
+    }
+    panel.relief.shown = shown;
+  }
+  panel.sheet.data.set(panel.ground.data);
+  if (threshold > 0) isoline(panel.relief, lowest(threshold) - 0.5, [255, 255, 255], 1.6 * unit, 0.8 * unit, panel.sheet.data);  // at 0 everything is kept
+  context.putImageData(panel.sheet, 0, 0);
+}
+
 function drawLines(context, panel, state, brushwork, size) {  // over the picture, in its pixels
   const unit = panel.image.width / size, { style, threshold } = state, shown = styleFor(panel, style);
   context.lineJoin = "round";
-  if (shown === "contours") {
-    ISO.forEach((level) => {
-      if (!panel.iso[level]) panel.iso[level] = contour(panel.map, panel.image.width, panel.image.height, level * LEVELS + 1);
-      const at = 3 * Math.round(255 * (0.35 + 0.6 * level)), heat = brushwork.heat;
-      stroke(context, panel.iso[level], `rgb(${heat[at]}, ${heat[at + 1]}, ${heat[at + 2]})`, 1, unit);
-    });
-  }
   if (shown === "contours" || shown === "signed") {
-    stroke(context, contour(panel.map, panel.image.width, panel.image.height, lowest(threshold) - 0.5), "#ffffff", 1.6, unit);
+    if (panel.relief && panel.relief.shown !== shown) panel.relief = null;
+    drawIsolines(context, panel, shown, threshold, brushwork, context.canvas.width / size);
   }
   for (const box of panel.boxes || []) {
     const path = new Path2D();
@@ -216,7 +262,7 @@ function render({ model, el }) {
   const state = () => ({ threshold: model.get("threshold"), style: model.get("look"), opacity: model.get("opacity"),
                          outline: model.get("outline"),
                          brush: dragged && dragged.box ? dragged.box : model.get("brush") });  // what is being dragged stays here until it is let go
-  let brushwork = new Brushwork(model.get("palette")), panels = [], waiting = 0, dragged = null, stopped = false;
+  let brushwork = new Brushwork(model.get("palette")), panels = [], heads = [], leads = [], waiting = 0, dragged = null, stopped = false;
 
   const later = {};  // what Python hears of, at most every 80 ms
   function tell(name, value) {
@@ -231,27 +277,25 @@ function render({ model, el }) {
     }, 80);
   }
 
-  function read() {
-    const content = model.get("content") || {}, side = model.get("side");
-    const images = (content.images || []).map(readImage), masks = (content.masks || []).map(readMask);
-    const columns = content.columns || [], rows = content.rows || [];
+  let built = "";  // what the table on the page is made for
+
+  function build(content, images, side) {  // the page's elements for a table of this form
+    const columns = content.columns || [], rows = content.rows || [], plain = model.get("plain");
     const lead = rows.some((name) => name) ? 1 : 0, width = Math.max(columns.length, 1, ...(content.panels || []).map((one) => one.column + 1));
     table.replaceChildren();
-    root.classList.toggle("bcos-plain", model.get("plain"));
+    root.classList.toggle("bcos-plain", plain);
     table.style.gridTemplateColumns = `${lead ? "minmax(40px, max-content) " : ""}repeat(${width}, minmax(0, ${side}px))`;
-    root.setAttribute("aria-label", model.get("description"));
-    const place = (element, row, column) => { element.style.gridRow = row + 1; element.style.gridColumn = column + 1; };
-    columns.forEach((name, c) => place(make("div", "bcos-column", table, name), 0, c + lead));
-    rows.forEach((name, r) => { if (lead) place(make("div", "bcos-row", table, name), r + 1, 0); });
+    const place = (element, row, column) => { element.style.gridRow = row + 1; element.style.gridColumn = column + 1; return element; };
+    heads = columns.map((name, c) => place(make("div", "bcos-column", table), 0, c + lead));
+    leads = rows.map((name, r) => lead ? place(make("div", "bcos-row", table), r + 1, 0) : null);
     panels = (content.panels || []).map((one, index) => {
-      const figure = make("figure", "bcos-panel", table);
-      place(figure, one.row + 1, one.column + lead);
-      if (one.title) make("figcaption", "bcos-title", figure, one.title);
+      const figure = place(make("figure", "bcos-panel", table), one.row + 1, one.column + lead), panel = { figure, index };
+      if (one.title) panel.titleText = make("figcaption", "bcos-title", figure);
       if (one.words) {
-        make("div", "bcos-words", figure, one.words);
-        return { ...one, figure, index };
+        panel.wordsText = make("div", "bcos-words", figure);
+        return panel;
       }
-      const panel = readPanel(one, images, masks), { width: w, height: h } = panel.image;
+      const { width: w, height: h } = images[one.image];
       const stage = make("div", "bcos-stage", figure), canvas = make("canvas", "bcos-picture", stage), lines = make("canvas", "bcos-lines", stage);
       canvas.width = w;  // the picture pixel by pixel, which the page enlarges; lines above it as fine as the screen
       canvas.height = h;
@@ -260,19 +304,37 @@ function render({ model, el }) {
       lines.height = Math.round(lines.width * h / w);
       canvas.setAttribute("role", "img");
       lines.setAttribute("aria-hidden", "true");
-      Object.assign(panel, { figure, index, stage, canvas, lines, data: new ImageData(w, h), label: make("div", "bcos-label", stage), score: make("div", "bcos-score", figure),
+      Object.assign(panel, { stage, canvas, lines, data: new ImageData(w, h), label: make("div", "bcos-label", stage), score: make("div", "bcos-score", figure),
                              inBox: make("div", "bcos-box", figure) });
-      if (one.note) make("div", "bcos-note", figure, one.note);
-      if (panel.map && panel.mask) {
-        for (const name of ["weighted", "unweighted"]) {
-          const part = make("span", `bcos-${name}`, panel.score, `${name} `);
-          panel[`${name}Text`] = make("b", "", part);
-        }
+      if (one.note) panel.noteText = make("div", "bcos-note", figure);
+      if (one.attribution && one.mask >= 0) {
+        for (const name of ["weighted", "unweighted"]) panel[`${name}Text`] = make("b", "", make("span", `bcos-${name}`, panel.score, `${name} `));
       }
-      panel.measureTexts = Object.keys(panel.measures || {}).map((name) => [name, make("b", "", make("span", `bcos-${name}`, panel.score, `${name} `))]);
-      if (panel.map && !model.get("plain")) panel.keptText = make("span", "bcos-kept", panel.score);
+      panel.measureTexts = Object.keys(one.measures || {}).map((name) => [name, make("b", "", make("span", `bcos-${name}`, panel.score, `${name} `))]);
+      if (one.attribution && !plain) panel.keptText = make("span", "bcos-kept", panel.score);
       watch(panel);
       return panel;
+    });
+  }
+
+  function read() {
+    const content = model.get("content") || {}, side = model.get("side");
+    const images = (content.images || []).map(readImage), masks = (content.masks || []).map(readMask);
+    const form = JSON.stringify([side, density(), model.get("plain"), (content.columns || []).length, (content.rows || []).map((name) => !!name),
+      (content.panels || []).map((one) => [one.row, one.column, !!one.title, !!one.words, !!one.note, Object.keys(one.measures || {}),
+        one.words ? 0 : [images[one.image].width, images[one.image].height, !!one.attribution, one.mask >= 0]])]);
+    if (form !== built) build(content, images, side);  // else the elements that are there get other pictures and words
+    built = form;
+    root.setAttribute("aria-label", model.get("description"));
+    const write = (element, text) => { if (element && element.textContent !== text) element.textContent = text; };
+    heads.forEach((element, c) => write(element, content.columns[c]));
+    leads.forEach((element, r) => write(element, content.rows[r]));
+    (content.panels || []).forEach((one, k) => {
+      const panel = panels[k];
+      write(panel.titleText, one.title); write(panel.wordsText, one.words); write(panel.noteText, one.note);
+      if (!panel.canvas) return;
+      Object.assign(panel, readPanel(one, images, masks));
+      panel.label.style.display = "none";
     });
     paint();
   }
@@ -304,10 +366,12 @@ function render({ model, el }) {
     mark(now.threshold);
   }
 
-  function mark(threshold) {  // a line at the threshold over every plot of the named figure, whose x axis is [0, 1]
+  let plots = [];  // where the lines of the threshold are: line, left and width of its plot
+
+  function measure() {  // finds the plots of the named figure, whose x axis is [0, 1], and puts a line over each
     const name = model.get("marks");
-    if (!name) return;
-    for (const figure of document.querySelectorAll(`.${name} .svg-container`)) {
+    plots = [];
+    for (const figure of name ? document.querySelectorAll(`.${name} .svg-container`) : []) {
       const ground = figure.getBoundingClientRect(), places = figure.querySelectorAll(".nsewdrag");
       let lines = figure.querySelectorAll(":scope > .bcos-mark");
       if (lines.length !== places.length) {
@@ -316,10 +380,18 @@ function render({ model, el }) {
       }
       places.forEach((place, k) => {
         const box = place.getBoundingClientRect();
-        Object.assign(lines[k].style, { left: `${box.left - ground.left + threshold * box.width}px`, top: `${box.top - ground.top}px`, height: `${box.height}px`,
-          width: "1.5px", background: "var(--jp-ui-font-color1, #5f6368)" });  // written here, because plotly's own style takes borders away
-        lines[k].dataset.threshold = threshold.toFixed(2);
+        Object.assign(lines[k].style, { top: `${box.top - ground.top}px`, height: `${box.height}px`, width: "1.5px",
+          background: "var(--jp-ui-font-color1, #5f6368)" });  // written here, because plotly's own style takes borders away
+        plots.push({ line: lines[k], left: box.left - ground.left, width: box.width });
       });
+    }
+    mark(model.get("threshold"));
+  }
+
+  function mark(threshold) {
+    for (const { line, left, width } of plots) {
+      line.style.left = `${left + threshold * width}px`;
+      line.dataset.threshold = threshold.toFixed(2);
     }
   }
   const repaint = () => { if (!waiting) waiting = requestAnimationFrame(paint); };
@@ -478,12 +550,12 @@ function render({ model, el }) {
       model.save_changes();
     }, 60);
   };
-  const colours = () => { brushwork = new Brushwork(model.get("palette")); panels.forEach((panel) => { panel.filled = panel.drawn = null; }); repaint(); };
+  const colours = () => { brushwork = new Brushwork(model.get("palette")); panels.forEach((panel) => { panel.filled = panel.drawn = panel.relief = null; }); repaint(); };
   const watched = { "change:content": read, "change:side": read, "change:palette": colours, "change:playing": play, "msg:custom": hear };
   for (const name of ["threshold", "opacity", "look", "outline", "brush", "selected"]) watched[`change:${name}`] = repaint;
   for (const [name, action] of Object.entries(watched)) model.on(name, action);
   read();
-  const marking = setInterval(() => mark(model.get("threshold")), 500);  // a figure is drawn later than the canvas, drawn anew, or resized
+  const marking = setInterval(measure, 500);  // a figure is drawn later than the canvas, drawn anew, or resized
   return () => {
     stopped = true;
     clearInterval(state.player);
