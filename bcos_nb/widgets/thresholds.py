@@ -209,21 +209,19 @@ def curve_traces(
             axes = dict(xaxis=f"x{k + 1 if k else ''}", yaxis=f"y{k + 1 if k else ''}", legendgroup=name)
             middle = values if values.ndim == 1 else values[0]
             if values.ndim == 2 and np.isfinite(values[1:]).all():
-                traces.append(go.Scatter(x=(*STEPS, *STEPS[::-1]), y=[*values[2], *values[1][::-1]], fill="toself", fillcolor=see_through(colour, 0.18), mode="none",
+                traces.append(go.Scatter(x=np.r_[STEPS, STEPS[::-1]], y=np.r_[values[2], values[1][::-1]], fill="toself", fillcolor=see_through(colour, 0.18), mode="none",
                                          hoverinfo="skip", showlegend=False, **axes))
             dash = "solid" if explainer == "bcos" else DASHES[place % len(DASHES)]  # B-cos lines have a colour for each B
-            traces.append(go.Scatter(x=STEPS, y=list(middle), mode="lines", name=name, showlegend=k == 0, line=dict(color=colour, width=2, dash=dash),
+            traces.append(go.Scatter(x=np.asarray(STEPS), y=np.asarray(middle), mode="lines", name=name, showlegend=k == 0, line=dict(color=colour, width=2, dash=dash),
                                      hovertemplate="%{x:.2f}: %{y:.3f}", **axes))
     return traces
 
 
-def same_shape(
-    figure: go.FigureWidget,
+def form_of(
     traces: Sequence[go.Scatter],
-) -> bool:
-    """Whether a figure has these curves already, so that only their values have to be sent."""
-    return len(figure.data) == len(traces) and all((a.name, a.xaxis, a.fill, a.line.color, a.line.dash) == (b.name, b.xaxis, b.fill, b.line.color, b.line.dash)
-                                                   for a, b in zip(figure.data, traces))
+) -> list[tuple]:
+    """What curves are apart from their values: where it is the same, only values have to be sent. Asked before a browser has them, which forgets what is the default."""
+    return [(one.name, one.xaxis, one.fill, one.line.color, one.line.dash) for one in traces]
 
 # %% ../../nbs/widgets/thresholds.ipynb #222c6aef
 class ThresholdExplorer(Instrument):
@@ -252,7 +250,7 @@ class ThresholdExplorer(Instrument):
         widgets.jslink((self.play, "value"), (self.canvas, "playing"))
         self.scope = widgets.ToggleButtons(options=["this frame", "mean of the chosen frames"], description="curves of", style={"description_width": "66px", "button_width": "230px"})
         self.most = dropdown("at most", [("50 frames", 50), ("100 frames", 100), ("200 frames", 200), ("all frames", None)], "190px", "54px")
-        self.curves, self.table = curve_plots(self.room - 10), widgets.HTML()
+        self.curves, self.form, self.table = curve_plots(self.room - 10), None, widgets.HTML()
         self.means: pd.DataFrame | None = None
         self.kept_means: dict[tuple, pd.DataFrame] = {}
         self.regions: dict = {}
@@ -342,7 +340,8 @@ class ThresholdExplorer(Instrument):
     def draw_traces(self, curves: dict) -> None:
         """Draws; where the curves are the same as before, only their values are sent, else a new figure takes the old one's place."""
         traces = curve_traces(curves)
-        if same_shape(self.curves, traces):
+        before, self.form = self.form, form_of(traces)
+        if self.form == before:
             with self.curves.batch_update():
                 for old, new in zip(self.curves.data, traces):
                     old.y = new.y
