@@ -42,6 +42,10 @@ from .saving import SaveBar, canvas_page
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/widgets/explorer.ipynb #fea9c2a2
+class Dropped(Exception):
+    """Work that nobody wants any more."""
+
+
 class Background:
     """Lanes of work beside the kernel's thread. `run(lane, work, then, failed)`: `then` and `failed` are called in the kernel's thread."""
 

@@ -35,7 +35,7 @@ from ..models import Detector, load_detector
 from ..reports.tables import detector_name, explainer_name
 from .canvas import MapCanvas, Panel
 from .explanations import ExplanationCache
-from .explorer import Quiet, first_side
+from .explorer import Background, Dropped, Quiet, first_side
 from .opening import find_data
 from .saving import SaveBar, canvas_page
 
@@ -245,11 +245,12 @@ class GridExplorer(Quiet, widgets.VBox):
         self.tables: dict[str, dict[str, np.ndarray]] = {}
         self.run: GridRun | None = None
         self.opened: dict[str, GridRun] = {}
+        self.background = Background()
         self.cells, self.chosen_cell, self.note, self.number = None, None, "", None
         self.make_controls(n, seed, find_grid_runs(runs))
         self.make_display(folder)
         controls = [widgets.HBox([self.source, self.detector, self.deal_from, self.n, self.fakes]), self.dealing, self.stepping,
-                    widgets.HBox([self.threshold, self.weighting, self.style, self.bar])]
+                    widgets.HBox([self.threshold, self.weighting, self.style]), widgets.HBox([self.lime, self.bar, self.stop])]
         super().__init__([*controls, self.verdict, self.message, self.canvas, self.bars, self.composing, self.save], layout=widgets.Layout(max_width="1240px"))
         self.add_class("bcos-grids")
         self.guarded(self.deal, seed)
@@ -276,7 +277,11 @@ class GridExplorer(Quiet, widgets.VBox):
         self.threshold.add_class("bcos-threshold"), self.place.add_class("bcos-place")
         self.weighting = menu("score", ["weighted", "unweighted"], "180px", 45)
         self.style = menu("maps", ["heat", "contours", "signed", "colour", "outline only"], "180px", 45)
-        self.bar = widgets.IntProgress(description="explaining", layout=widgets.Layout(width="230px", visibility="hidden"))
+        self.lime = widgets.Checkbox(False, description="LIME too (slow: hundreds of passes a grid)", indent=False, layout=widgets.Layout(width="auto", margin="2px 12px 2px 74px"))
+        self.stop = widgets.Button(description="cancel", icon="stop", tooltip="give LIME up", layout=widgets.Layout(width="100px", visibility="hidden"))
+        self.bar = widgets.FloatProgress(description="explaining", max=1, layout=widgets.Layout(width="260px", visibility="hidden"))
+        self.lime.observe(lambda change: self.guarded(self.explain_slowly), "value")
+        self.stop.on_click(lambda button: setattr(self.lime, "value", False))
         self.source.observe(lambda change: self.guarded(self.open_source), "value")
         for control in (self.detector, self.deal_from, self.n, self.fakes):
             control.observe(lambda change: self.guarded(self.deal), "value")
@@ -320,7 +325,7 @@ class GridExplorer(Quiet, widgets.VBox):
         except Exception as error:
             self.message.value = f'<div class="bcos-error" role="alert"><b>{type(error).__name__}.</b> {html.escape(str(error))}</div>'
         finally:
-            self.bar.layout.visibility = "hidden"
+            self.bar.layout.visibility = self.stop.layout.visibility  # LIME may be under way
 
     @property
     def network(self) -> Detector:
@@ -331,14 +336,14 @@ class GridExplorer(Quiet, widgets.VBox):
         """p(fake) of the frames by the detector, computed once."""
         key = (id(self.network), id(self.frames))
         if key not in self.known:
-            self.working("classifying", 1)
+            self.working("classifying")
             with self.cache.using(self.network):
                 self.known[key] = score_frames(self.network, self.frames)["probability"].to_numpy()
         return self.known[key]
 
-    def working(self, words: str, of: int) -> None:
+    def working(self, words: str) -> None:
         """Shows the bar, empty."""
-        self.bar.description, self.bar.max, self.bar.value, self.bar.layout.visibility = words, of, 0, "visible"
+        self.bar.description, self.bar.value, self.bar.layout.visibility = words, 0.0, "visible"
 
     def deal(self, seed: int | None = None) -> None:
         """Another grid of the chosen kind; of the seed in the widget if none is given."""
@@ -423,7 +428,7 @@ class GridExplorer(Quiet, widgets.VBox):
         if folder not in self.opened:
             def say(words):
                 self.verdict.value = f'<div class="bcos-verdict" role="status">The run {html.escape(Path(folder).name)}: {html.escape(words)} …</div>'
-            self.working("opening", 1)
+            self.working("opening")
             self.opened[folder] = open_grid_run(folder, say)
         self.run = self.opened[folder]
         self.frames = self.run.grids.frames
@@ -448,10 +453,10 @@ class GridExplorer(Quiet, widgets.VBox):
             self.coming.cancel()
         self.coming = self.cache.ahead(self.network, self.run.grids, near, self.wanted(), self.options(), windows=self.run.windows)
 
-    def options(self) -> dict[str, dict]:
-        """The options that a run's explainers had."""
+    def options(self, names: Sequence[str] | None = None) -> dict[str, dict]:
+        """The options that a run's explainers had; those of `wanted` if none are named."""
         given = self.run.params.get("options", {}) if self.run is not None else {}
-        return {name: given[name] for name in self.wanted() if name in given}
+        return {name: given[name] for name in (self.wanted() if names is None else names) if name in given}
 
     def wanted(self) -> list[str]:
         """The explainers that are shown."""
@@ -472,11 +477,10 @@ class GridExplorer(Quiet, widgets.VBox):
             while len(self.made) > 64:
                 self.made.popitem(last=False)
             row, windows = 0, usual_windows(self.network, grids.cell)
-        names = self.wanted()
-        self.working("explaining", len(names))
-        self.answers = self.cache.get_many(self.network, grids, row, names, self.options(), windows=windows)
-        self.tables = {name: cell_scores(answer.maps[0], grids.n) for name, answer in self.answers.items()}
-        self.bar.value = len(names)
+        self.give_up()
+        self.working("explaining")
+        self.asked = self.network, grids, row, windows
+        self.answers = self.cache.get_many(self.network, grids, row, self.wanted(), self.options(), windows=windows)
         self.cells, self.number, self.grid = np.asarray(cells), number, grids.images([row])[0]
         labels = self.frames.labels.numpy()[self.cells]
         self.fake_cells = np.flatnonzero(labels == 1).tolist()
@@ -488,15 +492,76 @@ class GridExplorer(Quiet, widgets.VBox):
         self.chosen_cell = self.chosen_cell if self.chosen_cell is not None and self.chosen_cell < len(self.cells) else None
         self.board.selected = -1 if self.chosen_cell is None else self.chosen_cell
         self.offer()
+        self.explain_slowly()
+
+    def draw(self, coming: str = "") -> None:
+        """Maps and bars of what is explained; words in LIME's place while it is coming."""
+        network, grids, *_ = self.asked
+        self.tables = {name: cell_scores(answer.maps[0], grids.n) for name, answer in self.answers.items()}
         image = (self.grid.permute(1, 2, 0) * 255).round().byte().numpy()
-        panels = [Panel(image, mask=self.region, title="the grid", description=f"grid of {grids.n} × {grids.n} faces")]
+        panels: list[Panel | str] = [Panel(image, mask=self.region, title="the grid", description=f"grid of {grids.n} × {grids.n} faces")]
         for name, answer in self.answers.items():
             parts = {part: value[0].numpy() for part in ("contributions", "rgba") if (value := getattr(answer, part)) is not None}
             panels.append(Panel(image, answer.maps[0].numpy(), mask=self.region, title=explainer_name(name), description=f"{explainer_name(name)} map of the grid", **parts))
-        self.canvas.show([panels])
+        if coming:
+            panels.append(Panel(words=coming, title=explainer_name("lime")))
+        side = min(self.side, 1190 // max(len(panels), 1) - 10)  # LIME is a sixth or seventh picture
+        with self.canvas.hold_sync():
+            self.canvas.side = side
+            self.canvas.show([panels])
+        self.bars.side = side
         charts = [{"name": explainer_name(name), **{kind: values.tobytes() for kind, values in table.items()}} for name, table in self.tables.items()]
         self.bars.content = {"n": grids.n, "fakes": self.fake_cells, "charts": charts}
         self.tell()
+
+    def explain_slowly(self) -> None:
+        """LIME, where it is wanted: at once if it is known, else beside the kernel's thread, with a bar and a button that gives it up."""
+        self.give_up()
+        network, grids, row, windows = self.asked
+        self.answers.pop("lime", None)
+        able = "lime" in usable_explainers(network)
+        self.lime.disabled = not able
+        if not (self.lime.value and able):
+            return self.draw()
+        options = self.options(["lime"])
+        known = self.cache.has(network, grids, row, ["lime"], options, windows=windows)
+        if not known:
+            self.draw("LIME is at work …")
+            self.working("LIME")
+            self.stop.layout.visibility = "visible"
+
+        def work(wanted: Callable[[], bool]) -> Attribution:
+            def told(passed: int, expected: int | None) -> None:
+                if not wanted():
+                    raise Dropped
+                self.background.say(self.passed, passed / max(expected or passed + 1500, passed))
+
+            return self.cache.get_many(network, grids, row, ["lime"], options, windows=windows, progress=told)["lime"]
+
+        def then(answer: Attribution) -> None:
+            self.give_up()
+            self.answers["lime"] = answer
+            self.draw()
+
+        def failed(error: Exception) -> None:
+            self.give_up()
+            self.draw("LIME failed, see above.")
+            self.message.value = f'<div class="bcos-error" role="alert"><b>{type(error).__name__}.</b> {html.escape(str(error))} Untick LIME, or deal another grid.</div>'
+
+        if known:
+            then(work(lambda: True))
+        else:
+            self.background.run("lime", work, then, failed)
+
+    def passed(self, share: float) -> None:
+        """How far LIME is."""
+        if self.stop.layout.visibility == "visible":
+            self.bar.value = share
+
+    def give_up(self) -> None:
+        """Nobody waits for LIME any more; what is under way ends at its next pass."""
+        self.background.drop("lime")
+        self.stop.layout.visibility = self.bar.layout.visibility = "hidden"
 
     def shares(
         self,
@@ -542,7 +607,7 @@ class GridExplorer(Quiet, widgets.VBox):
         """What brings this view back; frames by their names."""
         return {"detector": self.detector.value, "n": self.n.value, "fakes": self.fakes.value, "from": self.deal_from.value, "seed": self.seed.value,
                 "run": None if self.run is None else self.run.folder.name, "rank": self.rank.value, "place": self.place.value,
-                "cells": self.frames.catalog["frame"].iloc[self.cells].tolist(), "threshold": self.threshold.value, "weighting": self.weighting.value, "maps": self.style.value}
+                "cells": self.frames.catalog["frame"].iloc[self.cells].tolist(), "threshold": self.threshold.value, "weighting": self.weighting.value, "maps": self.style.value, "lime": self.lime.value}
 
     def restore(self, settings: dict) -> None:
         """Brings a saved view back. ValueError where its detector, run or frames are not here."""
@@ -555,6 +620,7 @@ class GridExplorer(Quiet, widgets.VBox):
         with self.hold_changes():
             self.detector.value, self.n.value, self.fakes.value, self.deal_from.value, self.seed.value = (settings[name] for name in ("detector", "n", "fakes", "from", "seed"))
             self.source.value = runs[settings["run"]] if settings["run"] else OWN
+            self.lime.value = settings.get("lime", False)
         self.threshold.value, self.weighting.value, self.style.value = settings["threshold"], settings["weighting"], settings["maps"]
         self.open_source() if settings["run"] or self.run is not None else None
         if settings["run"]:
