@@ -245,7 +245,7 @@ class GridExplorer(Quiet, widgets.VBox):
         self.tables: dict[str, dict[str, np.ndarray]] = {}
         self.run: GridRun | None = None
         self.opened: dict[str, GridRun] = {}
-        self.background = Background()
+        self.background, self.asked = Background(), None
         self.cells, self.chosen_cell, self.note, self.number = None, None, "", None
         self.make_controls(n, seed, find_grid_runs(runs))
         self.make_display(folder)
@@ -516,6 +516,8 @@ class GridExplorer(Quiet, widgets.VBox):
 
     def explain_slowly(self) -> None:
         """LIME, where it is wanted: at once if it is known, else beside the kernel's thread, with a bar and a button that gives it up."""
+        if self.asked is None:
+            return
         self.give_up()
         network, grids, row, windows = self.asked
         self.answers.pop("lime", None)
