@@ -20,10 +20,10 @@ function render({ model, el }) {
   function read() {
     const content = model.get("content"), side = model.get("side"), n = content.n || 0;
     root.replaceChildren();
-    root.style.gridTemplateColumns = `repeat(${(content.charts || []).length + 1}, minmax(0, ${side}px))`;
+    root.style.gridTemplateColumns = `repeat(${content.columns || (content.charts || []).length + 1}, minmax(0, ${side}px))`;
     if (n) {
       const key = make("div", "bcos-key", root);
-      make("div", "", key, "share of the map in each cell,");
+      make("div", "", key, "share of each cell,");
       make("div", "bcos-top", key, "");
       make("div", "bcos-key-fake", key, "the fake");
       make("div", "bcos-key-real", key, "real faces");
@@ -65,7 +65,7 @@ function render({ model, el }) {
         make("b", "", chart.words, `winner: ${place}`);
       } else {
         make("b", found ? "bcos-found" : "bcos-missed", chart.words, found ? "✓ the fake" : "✗ a real face");
-        make("span", "", chart.words, ` ${place}`);
+        make("div", "", chart.words, place);
         make("div", "bcos-fake-share", chart.words, `fake's share ${fake.toFixed(4)}`);
       }
       chart.figure.setAttribute("aria-label", `${chart.name}: ${chart.words.textContent}`);

@@ -380,7 +380,7 @@ function render({ model, el }) {
       }
       places.forEach((place, k) => {
         const box = place.getBoundingClientRect();
-        Object.assign(lines[k].style, { top: `${box.top - ground.top}px`, height: `${box.height}px`, width: "1.5px",
+        Object.assign(lines[k].style, { top: `${box.top - ground.top}px`, height: `${box.height}px`, width: "1px",
           background: "var(--jp-ui-font-color1, #5f6368)" });  // written here, because plotly's own style takes borders away
         plots.push({ line: lines[k], left: box.left - ground.left, width: box.width });
       });
@@ -390,7 +390,7 @@ function render({ model, el }) {
 
   function mark(threshold) {
     for (const { line, left, width } of plots) {
-      line.style.left = `${left + threshold * width}px`;
+      line.style.left = `${Math.round(left + threshold * width)}px`;
       line.dataset.threshold = threshold.toFixed(2);
     }
   }

@@ -226,6 +226,7 @@ STYLE = """<style>
 .bcos-explorer table { border-collapse: collapse; font-size: 12px; line-height: 1.5; font-variant-numeric: tabular-nums; }
 .bcos-explorer td, .bcos-explorer th { padding: 1px 10px 1px 0; text-align: right; } .bcos-explorer td:first-child, .bcos-explorer th:first-child { text-align: left; }
 .bcos-explorer .bcos-flow { flex-wrap: wrap; } .bcos-explorer .bcos-doing, .bcos-explorer .bcos-doing .widget-html-content { min-height: 0; line-height: 1.2; } .bcos-explorer .progress { height: 6px; margin: 0; }
+.bcos-explorer .widget-toggle-buttons { flex-wrap: nowrap; width: auto; }
 </style>"""
 ALL = (0.0, 1.0)
 
@@ -472,7 +473,8 @@ class FrameChooser(Quiet, widgets.VBox):
             return self.strip.show([])
         catalog = self.frames.catalog
         what = "image" if self.is_own else "frame"
-        self.position.value = f"{what} {self.at + 1} of {len(self.rows)}, {'' if self.is_own else 'video '}{html.escape(str(catalog.video.iloc[self.row]))}, <b>{html.escape(kind_of(catalog.iloc[self.row]))}</b>"
+        kind = kind_of(catalog.iloc[self.row])
+        self.position.value = f"{what} {self.at + 1} of {len(self.rows)}, {'' if self.is_own else 'video '}{html.escape(str(catalog.video.iloc[self.row]))}, <b>{html.escape(kind)}</b>"
         page, place = divmod(self.at, self.shown)
         if page == self.page:
             with self.hold_changes():
@@ -488,7 +490,8 @@ class FrameChooser(Quiet, widgets.VBox):
 
         def show(pictures: list[np.ndarray]) -> None:
             known = None if self.is_own else self.probabilities.get((self.set.value, self.judge.value))
-            notes = [kind_of(catalog.iloc[row]) + ("" if known is None else f"\n{known[row]:.2f}") for row in rows]
+            named = lambda row: shortened(str(catalog["frame"].iloc[row])) if self.is_own else kind_of(catalog.iloc[row])
+            notes = [named(row) + ("" if known is None else f"\n{known[row]:.2f}") for row in rows]
             self.strip.show([[Panel(picture, note=note, description=f"frame {page * self.shown + k + 1}") for k, (picture, note) in enumerate(zip(pictures, notes))]])
             with self.hold_changes():
                 self.strip.selected = self.at - page * self.shown
@@ -519,11 +522,21 @@ class FrameChooser(Quiet, widgets.VBox):
             raise ValueError(f"The settings are those of an image of somebody's own, {settings['frame']}, which isn't here: give it in the box above, then restore them again.")
 
 
+def shortened(
+    name: str,
+    most: int = 13,  # letters
+) -> str:
+    """A file's name for a narrow place: its beginning and its end."""
+    return name if len(name) <= most else f"{name[:most - 7]}…{name[-6:]}"
+
+
 def kind_of(
     row: pd.Series,  # of the catalogue
 ) -> str:
     """What a frame is."""
     method = row.get("method", None)
+    if method == "own image":
+        return {0: "own image, real", 1: "own image, fake"}.get(row["label"], "own image")
     return str(method) if isinstance(method, str) else ("fake" if row["label"] == 1 else "real" if row["label"] == 0 else "image")
 
 # %% ../../nbs/widgets/explorer.ipynb #869ae8be
@@ -559,12 +572,9 @@ class MapChoice(Quiet, widgets.VBox):
         self.rows, self.archs, self.explainers = (self.boxes(names, chosen, told) for names, chosen, told in (
             (labels, ticked, str), (archs, archs[:1], arch_name), (offered, list(dict.fromkeys(first))[:columns], explainer_name)))
         self.told: list[Callable[[], None]] = []
-        lines = [flow(widgets.HTML('<span class="bcos-group">explainers</span>', layout=widgets.Layout(width="74px")), *self.explainers.values())]
-        if len(labels) > 1:
-            lines.insert(0, flow(widgets.HTML('<span class="bcos-group">B</span>', layout=widgets.Layout(width="74px")), *self.rows.values()))
-        if len(archs) > 1:
-            lines.insert(0, flow(widgets.HTML('<span class="bcos-group">backbones</span>', layout=widgets.Layout(width="74px")), *self.archs.values()))
-        super().__init__(lines)
+        groups = [("backbones", self.archs, len(archs) > 1), ("B", self.rows, len(labels) > 1), ("explainers", self.explainers, True)]
+        head = lambda name: widgets.HTML(f'<span class="bcos-group">{name}</span>', layout=widgets.Layout(width="74px", min_width="74px"))
+        super().__init__([widgets.HBox([head(name), flow(*boxes.values())]) for name, boxes, several in groups if several])
 
     def boxes(self, names: Sequence[str], ticked: Sequence[str], told: Callable[[str], str]) -> dict[str, widgets.Checkbox]:
         """A box for each name."""

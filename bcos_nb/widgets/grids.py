@@ -192,7 +192,7 @@ class CellBars(anywidget.AnyWidget):
     """Bars of the cells' shares, one chart a map, and who wins."""
 
     _esm, _css = HERE / "bars.js", HERE / "grids.css"
-    content = traitlets.Dict().tag(sync=True)  # n, fakes: cells, charts: name, weighted and unweighted as float32 [101, n·n]
+    content = traitlets.Dict().tag(sync=True)  # n, fakes: cells, columns, charts: name, weighted and unweighted as float32 [101, n·n]
     threshold = traitlets.Float(0.0).tag(sync=True)
     weighting = traitlets.Enum(("weighted", "unweighted"), "weighted").tag(sync=True)
     side = traitlets.Int(220).tag(sync=True)  # width of a chart at most, pixels
@@ -505,13 +505,9 @@ class GridExplorer(Quiet, widgets.VBox):
             panels.append(Panel(image, answer.maps[0].numpy(), mask=self.region, title=explainer_name(name), description=f"{explainer_name(name)} map of the grid", **parts))
         if coming:
             panels.append(Panel(words=coming, title=explainer_name("lime")))
-        side = min(self.side, 1190 // max(len(panels), 1) - 10)  # LIME is a sixth or seventh picture
-        with self.canvas.hold_sync():
-            self.canvas.side = side
-            self.canvas.show([panels])
-        self.bars.side = side
+        self.canvas.show([panels])
         charts = [{"name": explainer_name(name), **{kind: values.tobytes() for kind, values in table.items()}} for name, table in self.tables.items()]
-        self.bars.content = {"n": grids.n, "fakes": self.fake_cells, "charts": charts}
+        self.bars.content = {"n": grids.n, "fakes": self.fake_cells, "charts": charts, "columns": len(panels)}  # as many as the canvas, so that they stand below their maps
         self.tell()
 
     def explain_slowly(self) -> None:

@@ -161,10 +161,23 @@ def find_face(
         looked.append(name)
         faces = detect(pixels)
         if faces:
+            faces = confirmed(pixels, faces, names[names.index(name) + 1:]) if len(faces) > 1 else faces
             return follow_face([faces])[0], name, len(faces)
     if not looked:
         raise ImportError(f"None of the face detectors {', '.join(names)} is installed. Install them with `pip install 'bcos_nb[faces]'`, or take the whole image.")
     return None, " and ".join(looked), 0
+
+
+def confirmed(
+    pixels: np.ndarray,  # uint8 [H, W, 3]
+    faces: list[Face],
+    names: Sequence[str],  # of other face detectors
+) -> list[Face]:
+    """Those of several faces that the next detector finds too, or all where it finds none of them: one picture has no second frame in which a badge is no face."""
+    detect = next((detect for name in names if name != "cascade" and (detect := opened_face_detector(name)) is not None), None)
+    others = detect(pixels) if detect else []
+    inside = lambda face, other: other.box[0] < face.centre[0] < other.box[2] and other.box[1] < face.centre[1] < other.box[3]
+    return [face for face in faces if any(inside(face, other) for other in others)] or faces
 
 
 def face_matrix(

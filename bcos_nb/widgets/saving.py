@@ -114,7 +114,10 @@ class SaveBar(widgets.VBox):
             self.buttons[label] = button
         self.upload = widgets.FileUpload(accept=".json", description="restore", tooltip="Restore settings from a JSON that was saved here", layout=widgets.Layout(width="auto"))
         self.upload.observe(lambda change: self.guarded(self.restore_uploaded), "value")
-        super().__init__([widgets.HBox([widgets.HTML("<span>save</span>"), *self.buttons.values(), self.upload]), self.said])
+        # a FileUpload counts its files after its name; here it restores at once and has none
+        style = widgets.HTML("<style>.bcos-save .widget-upload { font-size: 0; } .bcos-save .widget-upload i, .bcos-save .widget-upload::after { font-size: 13px; } "
+                             '.bcos-save .widget-upload::after { content: "restore"; }</style>', layout=widgets.Layout(display="none"))
+        super().__init__([style, widgets.HBox([widgets.HTML("<span>save</span>"), *self.buttons.values(), self.upload]), self.said])
         self.add_class("bcos-save")
 
     def guarded(self, action: Callable[[], None]) -> None:
