@@ -1,5 +1,7 @@
 """The grid instrument without a browser: what it shows is what the game scores, of grids by hand, by chance and of a run."""
+import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -232,3 +234,32 @@ def test_saving_and_restoring(explorer):
     assert explorer.settings() == saved and explorer.message.value == ""
     with pytest.raises(ValueError, match="the frame gone.png is not here"):
         explorer.restore(saved | {"cells": ["gone.png"]})
+
+
+def test_lime_is_computed_where_it_is_wanted(detectors, frames, tmp_path):
+    explorer = GridExplorer({"B = 2": detectors["B = 2"]}, frames, ("bcos", "gradcam"), n=2, folder=tmp_path)
+    assert "lime" not in explorer.answers and len(explorer.canvas.content["panels"]) == 3
+    explorer.lime.value = True
+    maps = explain(detectors["B = 2"], explorer.grid[None], "lime").maps
+    assert torch.allclose(explorer.answers["lime"].maps, maps) and [chart["name"] for chart in explorer.bars.content["charts"]] == ["B-cos", "Grad-CAM", "LIME"]
+    assert explorer.settings()["lime"] and set(explorer.score_table().explainer) == {"bcos", "gradcam", "lime"}
+    explorer.lime.value = False
+    assert len(explorer.canvas.content["panels"]) == 3 and set(explorer.tables) == {"bcos", "gradcam"}
+
+
+def test_lime_can_be_given_up(detectors, frames, tmp_path):
+    async def kernel():
+        explorer = GridExplorer({"B = 2": detectors["B = 2"]}, frames, ("bcos",), folder=tmp_path)
+        computed = explorer.cache.computed
+        explorer.lime.value = True
+        assert explorer.canvas.content["panels"][-1]["words"] and explorer.stop.layout.visibility == explorer.bar.layout.visibility == "visible"
+        explorer.deal(7)  # the instrument goes on meanwhile
+        assert explorer.canvas.content["panels"][-1]["words"] and "bcos" in explorer.answers
+        explorer.stop.click()
+        assert not explorer.lime.value and explorer.stop.layout.visibility == "hidden" and len(explorer.canvas.content["panels"]) == 2
+        for lane in explorer.background.lanes.values():
+            lane.shutdown()  # waits for what is under way
+        await asyncio.sleep(0)
+        assert explorer.cache.computed == computed + 1 and "lime" not in explorer.answers and explorer.message.value == ""  # B-cos of the other grid
+
+    ThreadPoolExecutor(1).submit(asyncio.run, kernel()).result()

@@ -3,6 +3,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,7 +16,8 @@ from bcos_nb.models import create_detector, save_detector
 from bcos_nb.reports.figures import heat_overlay
 from bcos_nb.widgets import AttributionExplorer, ExplanationCache, MapCanvas, Panel, ThresholdExplorer, find_runs, open_runs
 from bcos_nb.widgets.canvas import LEVELS, packed_table, restored_attribution, stored_attribution
-from bcos_nb.widgets.explorer import Background, frame_sets, hidden_image
+from bcos_nb.widgets.explorer import Background, Dropped, frame_sets, hidden_image, look
+from bcos_nb.widgets.own_images import make_own
 from bcos_nb.widgets.saving import canvas_page
 from bcos_nb.widgets.thresholds import STEPS
 
@@ -106,6 +108,42 @@ def test_the_last_request_counts():
 
     ThreadPoolExecutor(1).submit(asyncio.run, kernel()).result()
     assert shown == [3, ZeroDivisionError]
+
+
+def test_what_nobody_wants_any_more_is_given_up(detectors, frames):
+    seen = []
+
+    def wanted():
+        seen.append(1)
+        return len(seen) < 3
+
+    with pytest.raises(Dropped):
+        look(detectors, frames, 1, (["B = 2"], [("resnet10", "lime")], [["ResNet-10, B = 2"]]), ExplanationCache(), wanted=wanted)
+    assert len(seen) == 3  # of LIME's passes
+
+
+def test_neighbours_are_made_ready_for_the_browser(detectors, frames, tmp_path):
+    async def kernel():
+        explorer = ThresholdExplorer(detectors, frames, ["bcos", "gradcam"], folder=tmp_path)
+        begin = time.monotonic()
+        while len(explorer.views) < 4:  # all fakes
+            assert time.monotonic() - begin < 60, explorer.message.value
+            await asyncio.sleep(0.02)
+        asked = []
+        explorer.cache.get_many = lambda *given, **named: asked.append(given)
+        explorer.chooser.step(1)
+        assert explorer.shown.row == 2 and not asked  # shown before anything else ran
+        return explorer.canvas.content, explorer
+
+    content, explorer = ThreadPoolExecutor(1).submit(asyncio.run, kernel()).result()
+    alone = ThresholdExplorer(detectors, frames, ["bcos", "gradcam"], folder=tmp_path)
+    alone.chooser.step(1)
+    assert content == alone.canvas.content and content["panels"][0]["attribution"] != explorer.views[next(iter(explorer.views))].content["panels"][0]["attribution"]
+    asked = next(iter(alone.views.values())).asked
+    before = asked.key(2, detectors)
+    with torch.no_grad():
+        next(detectors["ResNet-10, B = 2"].parameters()).mul_(1.0)
+    assert asked.key(2, detectors) != before  # other weights, another picture
 
 
 # ---- attributions
@@ -225,6 +263,40 @@ def test_what_cannot_be_is_refused(detectors, frames):
     with pytest.raises(ValueError, match="can serve"):
         ThresholdExplorer({"ordinary": detectors["ResNet-10, ordinary"]}, frames, ["bcos"])
     assert list(frame_sets({"one": frames, "two": frames})) == ["one", "two"]
+
+
+def test_images_of_ones_own(attributions, detectors):
+    chooser = attributions.chooser
+    assert chooser.own is None  # not made before it is wanted
+    chooser.source.index = 1
+    assert attributions.shown is None and attributions.message.value == "" and "your image" in attributions.canvas.content["panels"][0]["words"]
+    attributions.saving.buttons["CSV"].click()
+    assert "no scores to save" in attributions.saving.said.value
+    pictures = [np.random.default_rng(k).integers(0, 256, (90, 70, 3), dtype=np.uint8) for k in range(2)]
+    for k, picture in enumerate(pictures):
+        chooser.own.add(f"mine {k}.png", cv2.imencode(".png", picture)[1].tobytes(), whole=True)
+    assert attributions.shown.row == 1 and "mine 1.png" in chooser.position.value  # the newest
+    image = torch.from_numpy(make_own(cv2.imencode(".png", pictures[1])[1].tobytes(), "", 64, whole=True).whole).permute(2, 0, 1)[None].float() / 255
+    table = attributions.score_table()
+    for row in table.itertuples():
+        with torch.no_grad():
+            assert row.probability == pytest.approx(detectors[row.detector](image).softmax(1)[0, 1].item(), abs=1e-5)
+    assert table.weighted.isna().all() and set(table.frame) == {"mine 1.png"}
+    attributions.canvas.brush, attributions.hiding.value = [4, 4, 40, 40], "source frame"
+    assert "no source frame" in attributions.table.value
+    chooser.own.guarded(chooser.own.add, "letter.png", b"Dear reader")
+    assert "letter.png is not an image" in chooser.own.refusals.children[-1].children[1].value and attributions.shown.row == 1
+    settings = attributions.settings()
+    chooser.step(1)
+    chooser.source.index = 0
+    assert attributions.shown.frames is chooser.sets["frames"] and len(chooser.rows) == 4
+    attributions.restore(json.loads(json.dumps(settings)))
+    assert chooser.is_own and attributions.score_table().frame.iloc[0] == "mine 1.png"
+    chooser.own.remove(chooser.own.images[1])
+    with pytest.raises(ValueError, match="mine 1.png, which isn't here"):
+        attributions.restore(settings)
+    chooser.own.remove(chooser.own.images[0])
+    assert attributions.shown is None
 
 
 # ---- thresholds

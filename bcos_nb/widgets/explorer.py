@@ -505,6 +505,8 @@ class FrameChooser(Quiet, widgets.VBox):
 
     def restore(self, settings: dict) -> None:
         """What was chosen once. ValueError where it isn't there."""
+        with self.hold_changes():
+            self.source.index = 0  # the menus are those of the datasets
         for name in ("set", "method", "judge", "verdict", "order"):
             control = getattr(self, name)
             if name == "method":
