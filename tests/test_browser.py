@@ -13,7 +13,9 @@ from bcos_nb.explainers import explain
 from bcos_nb.games import localization_scores, specificity
 from bcos_nb.models import load_detector
 from bcos_nb.reports.figures import heat_overlay
+from bcos_nb.widgets import MapCanvas, Panel
 from bcos_nb.widgets.explorer import hidden_image
+from bcos_nb.widgets.saving import canvas_page
 
 pytestmark = pytest.mark.browser
 
@@ -24,11 +26,17 @@ class Expected:
     def __init__(self, folder):
         self.detectors = {b: load_detector(folder / "runs" / "demo" / "train" / f"resnet10-{name}" / "detector.safetensors").eval() for b, name in DETECTORS.items()}
         catalog = read_catalog(folder / "data", "FaceForensics++", "test", "c23", frames_per_video=2)
+        self.catalog, self.root = catalog, folder / "data"
         self.frames = load_frames(catalog[catalog.label == 1].reset_index(drop=True), 128, root=folder / "data")
         self.inside = self.frames.masks[:, 0] == 255
 
     def image(self, frame):
         return self.frames.images[[frame]].float() / 255
+
+    def source(self, frame):
+        name = self.frames.catalog.source_frame.iloc[frame]
+        catalog = self.catalog[self.catalog.frame == name].reset_index(drop=True)
+        return load_frames(catalog, 128, root=self.root, with_mask=False).images[0].float() / 255
 
     def maps(self, b, explainer, frame):
         return explain(self.detectors[b], self.image(frame), explainer).maps
@@ -166,6 +174,71 @@ def test_attributions(lab, expected, chromium):
         shoot(page, "attributions_dark")
         theme(page, "JupyterLab Light")
         assert page.locator(".bcos-explorer").evaluate("element => element.scrollWidth <= element.clientWidth")  # fits
+
+
+        # Every style is another picture; every way to hide the box gives what the detector says of the frame hidden that way.
+        maps, menu = page.locator(f"{PANEL} .bcos-stage").nth(2), page.locator("select:has(option[value='contours'])")
+        pictures = set()
+        for style in ("heat", "colour", "signed", "contours", "outline only"):
+            menu.select_option(style)
+            page.wait_for_timeout(400)
+            pictures.add(maps.evaluate("stage => [...stage.querySelectorAll('canvas')].map(one => one.toDataURL()).join()"))
+        assert len(pictures) == 5
+        source = expected.source(0)
+        for how in ("grey", "source frame"):
+            page.get_by_role("button", name=how, exact=True).click()
+            hidden = hidden_image(expected.image(0), box, how, source)
+            wait_for(page, lambda: [float(text) for text in page.locator("b.bcos-hidden").all_inner_texts()], [expected.probability(b, hidden) for b in (None, 2.0)])
+
+        # What a screen reader finds, and the page and the table that are saved.
+        for role, names in {"combobox": ("maps", "explain", "frames", "judged by", "verdict", "order"), "checkbox": ("mask outline", "B-cos", "ordinary"),
+                            "slider": ("threshold", "opacity", "frame"), "button": ("previous frame", "next frame", "blurred", "PNG", "restore")}.items():
+            for name in names:
+                assert page.get_by_role(role, name=name, exact=role != "button").count() >= 1, (role, name)
+        assert page.get_by_role("img", name="B-cos map of ResNet-10, B = 2, p(fake)").count() == 1
+        for kind in ("HTML", "CSV"):
+            page.get_by_role("button", name=kind).click()
+            page.locator(".bcos-saved", has_text=kind.lower()).wait_for()
+        saved = next((lab.folder / "saved").glob("attributions-*.html"))
+        alone = chromium.new_page()
+        alone.on("pageerror", lambda error: page.errors.append(str(error)))
+        alone.goto(saved.as_uri())
+        alone.locator("[data-trait=threshold]").focus()
+        alone.keyboard.press("Home")
+        for panel, (b, explainer) in enumerate(MAPS):
+            wait_for(alone, lambda: numbers(alone, panel), expected.scores(b, explainer, 0, 0.0))
+        alone.close()
+
+
+def test_contours_are_where_the_map_has_their_value_and_cost_no_more_on_a_noisy_map(chromium, tmp_path):
+    y, x = np.mgrid[:256, :256].astype(np.float32) + 0.5
+    cone = np.clip(1 - np.hypot(x - 128, y - 128) / 120, 0, 1)  # threshold t is a circle of radius 120 (1 - t)
+    noise = np.random.default_rng(0).random((256, 256)).astype(np.float32)
+    taken = {}
+    for name, values in (("cone", cone), ("noise", noise)):
+        canvas = MapCanvas([[Panel(np.zeros((256, 256, 3), np.uint8), values)]], look="contours", threshold=0.4)
+        html = canvas_page(canvas, name).replace('<script type="module">', '<script>window.requestAnimationFrame = (paint) => { paint(); return 0; };</script><script type="module">')
+        (tmp_path / f"{name}.html").write_text(html)
+        page = chromium.new_page(viewport={"width": 900, "height": 600})
+        page.goto((tmp_path / f"{name}.html").as_uri())
+        page.locator(".bcos-lines").wait_for()
+        if name == "cone":
+            white = page.evaluate("""() => { const lines = document.querySelector(".bcos-lines"), { data } = lines.getContext("2d").getImageData(0, 0, lines.width, lines.height);
+                return [...Array(lines.width * lines.height).keys()].filter((i) => Math.min(data[4 * i], data[4 * i + 1], data[4 * i + 2]) > 240 && data[4 * i + 3] > 200); }""")
+            radius = np.hypot(np.array(white) % 256 + 0.5 - 128, np.array(white) // 256 + 0.5 - 128)
+            assert len(white) > 300 and np.abs(radius - 72).max() < 1.5
+        times = page.evaluate("""() => { const control = document.querySelector("[data-trait=threshold]"), taken = [];
+            for (let k = 0; k < 60; k++) {
+              control.value = 0.3 + 0.005 * k;
+              const begin = performance.now();
+              control.dispatchEvent(new Event("input"));
+              document.querySelector(".bcos-lines").getContext("2d").getImageData(0, 0, 1, 1);
+              taken.push(performance.now() - begin);
+            }
+            return taken; }""")
+        taken[name] = np.percentile(times, 25)  # of a machine that does other things too
+        page.close()
+    assert taken["noise"] < 6 * taken["cone"] + 2, taken
 
 
 def test_thresholds(lab, expected, chromium):

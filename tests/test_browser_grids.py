@@ -120,6 +120,15 @@ def test_grids(lab, demo, chromium):  # noqa: F811
         page.get_by_text(re.compile("grid 2 of 4")).wait_for()
         assert f"{ranked[1]:.4f}" in page.locator(".bcos-grids .bcos-verdict").inner_text()
         assert page.locator(".bcos-grids [role=alert]").count() == 0
+
+        # LIME is offered for the run's grid, says that it is at work, and can be given up.
+        lime, maps = page.get_by_label("LIME too"), page.locator(".bcos-grids .bcos-canvas .bcos-panel")
+        count = maps.count()
+        lime.check()
+        page.get_by_text("LIME is at work").wait_for()
+        page.get_by_role("button", name="cancel").click()
+        page.wait_for_function("count => document.querySelectorAll('.bcos-grids .bcos-canvas .bcos-panel').length == count", arg=count)
+        assert not lime.is_checked()
         theme(page, "JupyterLab Dark")
         shoot(page, "grids_dark", ".bcos-grids")
 
@@ -137,6 +146,33 @@ def game_scores(demo, table, names):
     fake = cells[cells.label == 1].iloc[0]
     region[:, 128 * (fake.row - 1):128 * fake.row, 128 * (fake.column - 1):128 * fake.column] = True
     return [float(localization_scores(explain(detector, grid, name).maps, region, (float(table.threshold.iloc[0]),))["weighted"]) for name in names]
+
+
+def test_images_of_ones_own_in_attributions(lab, demo, files, chromium):  # noqa: F811
+    with open_notebook(chromium, lab, "attributions.ipynb") as page:
+        map_of = ".bcos-canvas:not(.bcos-plain) .bcos-panel:has(.bcos-stage)"
+        page.locator(f"{map_of} .bcos-score").first.wait_for(timeout=180_000)
+        assert page.locator(".bcos-drop").count() == 0
+        page.get_by_role("button", name="images of your own").click()
+        page.get_by_text("The maps of your image will be here.").wait_for()
+        chosen = page.locator(".bcos-drop input[type=file]")
+        chosen.set_input_files(str(files / "letter.png"))
+        page.get_by_text("letter.png is not an image, whatever its name says").wait_for()
+        chosen.set_input_files(str(files / "large.jpg"))
+        page.get_by_text("large.jpg has 30.0 MB, more than 25.").wait_for()
+        chosen.set_input_files(str(files / "astronaut.jpg"))
+        page.get_by_text("face found by dlib").wait_for()
+        page.locator(map_of).first.wait_for()
+        image = torch.from_numpy(make_own((files / "astronaut.jpg").read_bytes(), "astronaut.jpg", 128).face).permute(2, 0, 1)[None].float() / 255
+        for name, words in zip(("ordinary", "bcos"), page.locator(".bcos-canvas:not(.bcos-plain) .bcos-row").all_inner_texts()):
+            detector = load_detector(demo / "runs" / "demo" / "train" / f"resnet10-{name}" / "detector.safetensors").eval()
+            with torch.no_grad():
+                probability = float(detector(image).softmax(1)[0, 1])
+            assert abs(float(re.search(r"p\(fake\) ([\d.]+)", words)[1]) - probability) < 2e-3, words
+        shoot(page, "attributions_own")
+        page.get_by_role("button", name="faces of the datasets").click()
+        page.locator(f"{map_of} .bcos-weighted").first.wait_for()  # a fake with its mask again
+        assert page.locator(".bcos-drop").count() == 0
 
 
 def test_own_images(lab, demo, files, chromium):  # noqa: F811
