@@ -281,6 +281,8 @@ def test_thresholds(lab, expected, chromium):
         play.click()
         stopped = readout(page)
 
+        assert page.get_by_role("button", name="move the threshold by itself").count() == 1 and page.locator("[data-title*='Share']").count() == 0  # nothing is offered to others' servers
+
         # The mean of all fakes, with intervals, at the threshold.
         page.get_by_role("button", name="mean of the chosen frames").click()
         page.locator(".bcos-means").wait_for()

@@ -555,7 +555,21 @@ function render({ model, el }) {
   for (const name of ["threshold", "opacity", "look", "outline", "brush", "selected"]) watched[`change:${name}`] = repaint;
   for (const [name, action] of Object.entries(watched)) model.on(name, action);
   read();
-  const marking = setInterval(measure, 500);  // a figure is drawn later than the canvas, drawn anew, or resized
+  function name() {  // for a screen reader, which finds no name at ipywidgets' sliders and at buttons that are icons
+    const all = root.closest(".bcos-explorer, .bcos-grids, .bcos-own-explorer");
+    if (!all) return;
+    for (const handle of all.querySelectorAll("[role=slider]:not([aria-label])")) {
+      const slider = handle.closest(".widget-slider, .widget-hslider"), label = slider && slider.querySelector(".widget-label");
+      if (!label) continue;
+      const handles = [...slider.querySelectorAll("[role=slider]")];
+      handle.setAttribute("aria-label", label.textContent + (handles.length > 1 ? [", from", ", to"][handles.indexOf(handle)] : ""));
+    }
+    for (const upload of all.querySelectorAll(".bcos-save .widget-upload:not([aria-label])")) upload.setAttribute("aria-label", "restore");
+    for (const button of all.querySelectorAll("button[title]:not([aria-label])")) {
+      if (button.title && !/[a-z]/i.test(button.textContent)) button.setAttribute("aria-label", button.title);
+    }
+  }
+  const marking = setInterval(() => { measure(); name(); }, 500);  // a figure is drawn later than the canvas, drawn anew, or resized
   return () => {
     stopped = true;
     clearInterval(state.player);

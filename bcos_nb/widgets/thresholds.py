@@ -180,7 +180,8 @@ def curve_plots(
     """The four plots with these curves. Whole when it becomes a widget: a page that opens later is told of nothing that was changed before."""
     figure = go.Figure(make_subplots(rows=1, cols=len(MEASURES), subplot_titles=list(MEASURES.values()), horizontal_spacing=0.045))
     figure.update_layout(template="plotly_white", height=270, width=width, margin=dict(l=36, r=8, t=58, b=34), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
-                         font=dict(color=GREY, size=11), legend=dict(orientation="h", y=1.34, x=0), hovermode="closest")
+                         font=dict(color=GREY, size=11), legend=dict(orientation="h", y=1.34, x=0), hovermode="closest",
+                         modebar=dict(remove=["sendChartToCloud", "sendDataToCloud"]))  # nothing leaves this machine
     figure.update_annotations(font=dict(color=GREY, size=12))
     figure.update_xaxes(range=[0, 1], fixedrange=True, gridcolor="rgba(128,135,144,0.25)", zeroline=False, title=dict(text="threshold", standoff=4))
     figure.update_yaxes(fixedrange=True, gridcolor="rgba(128,135,144,0.25)", zeroline=True, zerolinecolor="rgba(128,135,144,0.5)", rangemode="tozero")
