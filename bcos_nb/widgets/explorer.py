@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AnyFrames', 'HIDINGS', 'STYLE', 'ALL', 'SOURCES', 'SLOW', 'MOST_READY', 'READY', 'Dropped', 'Background', 'Quiet',
            'frame_sets', 'first_side', 'side_of', 'inside_of', 'source_image', 'hidden_image', 'dropdown', 'flow',
-           'FrameChooser', 'kind_of', 'MapChoice', 'spread', 'Shown', 'look', 'said', 'map_panels', 'score_rows',
-           'Asked', 'View', 'Instrument', 'AttributionExplorer', 'clipped']
+           'FrameChooser', 'shortened', 'kind_of', 'MapChoice', 'spread', 'Shown', 'look', 'said', 'map_panels',
+           'score_rows', 'Asked', 'View', 'Instrument', 'AttributionExplorer', 'clipped']
 
 # %% ../../nbs/widgets/explorer.ipynb #9625c5bb
 import asyncio

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_BYTES', 'MOST_PIXELS', 'LEAST_SIDE', 'FORMATS', 'WITHOUT_DOWNLOAD', 'UNKNOWN', 'LABELS', 'Refused',
-           'check_bytes', 'is_called', 'read_own', 'as_rgb', 'opened_face_detector', 'find_face', 'face_matrix',
-           'whole_matrix', 'OwnImage', 'make_own', 'preview_of', 'folder_files', 'ImageDrop', 'OwnImages',
-           'OwnImagesExplorer']
+           'check_bytes', 'is_called', 'read_own', 'as_rgb', 'opened_face_detector', 'find_face', 'confirmed',
+           'face_matrix', 'whole_matrix', 'OwnImage', 'make_own', 'preview_of', 'folder_files', 'ImageDrop',
+           'OwnImages', 'OwnImagesExplorer']
 
 # %% ../../nbs/widgets/own_images.ipynb #29387ccb
 import html
