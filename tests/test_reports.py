@@ -185,18 +185,37 @@ def test_latex_is_whole():
         assert kind == "begin" or opened.pop() == name
     depth = np.cumsum([(letter == "{") - (letter == "}") for letter in bare])
     assert not opened and depth[-1] == 0 and depth.min() == 0 and bare.count("$") % 2 == 0
-    rows = [line for line in bare.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
-    assert len(rows) == 3 and all(line.count("&") == 4 for line in rows)
+    rows = [line for line in bare.splitlines() if line.endswith(r"\\") and "&" in line]
+    columns = [1 + line.count("&") + sum(int(count) - 1 for count in re.findall(r"\\multicolumn\{(\d+)\}", line)) for line in rows]
+    parts = 1 + 3 + 3 + 2 + 1  # of the first column and the four others: ours, its interval, the study's
+    assert columns == [parts] * 4
     assert r"\toprule" in bare and r"\bottomrule" in bare and not re.search(r"[^\x00-\x7f]", text)
 
 
+def wide_table(count):
+    cells = [Cell(0.51, 0.4, 0.6, 0.55) for _ in range(count)]
+    return Table(f"table_wide_{count}", "", "As wide as it gets", [f"column {k}" for k in range(count)], [("ResNet-34: ours is at width 0.25 (max_out 1)", [("B = 1.25", cells), ("B = 2", cells)])])
+
+
+def test_latex_puts_parts_below_each_other_where_the_page_ends():
+    narrow, broad, too_broad = (table_latex(wide_table(count)) for count in (2, 6, 18))
+    assert r"\begin{table}" in narrow and r"\begin{table*}" in broad and r"\begin{table*}" in too_broad
+    assert r"\begin{tabular}[t]" not in narrow + broad and too_broad.count(r"\begin{tabular}[t]") == 2 * 18
+    for text in (narrow, too_broad):  # what a heading says beside its name would make the last column as wide as itself
+        assert r"{\textit{ResNet-34}} \\" in text and text.index(r"\bottomrule") < text.index(r"at width 0.25 (max\_out 1)")
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
-def test_latex_compiles(tmp_path):
+def test_latex_compiles_and_fits(tmp_path):
+    """In a document of two columns, with whatever letters: no error, no line that is too wide."""
     import subprocess
 
-    text = "\\documentclass{article}\\usepackage{booktabs,xcolor}\\begin{document}" + table_latex(some_table()) + "\\end{document}"
-    (tmp_path / "a.tex").write_text(text)
-    subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "a.tex"], cwd=tmp_path, check=True, capture_output=True)
+    odd = Table("table_odd", "", "β₁ ↑ ↓ – — ’ “ ” ≈ ▲ ▼ é 漢 ☃", ["±", "≤ ☃"], [("γ: 漢", [("ε", [Cell(0.5, 0.4, 0.6, 0.55), Cell("漢 %")])])])
+    tables = [some_table(), odd, *map(wide_table, (2, 4, 6, 9, 18))]
+    text = "\\documentclass[twocolumn]{article}\\usepackage{booktabs,graphicx,xcolor}\\begin{document}" + "\\clearpage".join(map(table_latex, tables)) + "\\end{document}"
+    (tmp_path / "a.tex").write_text(text, encoding="utf-8")
+    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "a.tex"], cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0 and "Overfull" not in done.stdout, done.stdout[-2000:]
 
 
 def test_agreement():

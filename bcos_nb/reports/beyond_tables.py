@@ -110,7 +110,7 @@ def faithfulness_figure(
         name = explainer_name(explainer) if explainer in CONTROLS else f"{explainer_name(explainer)}, {short_name(means, arch, b)}"
         for column, curve in enumerate(("deletion", "insertion"), 1):
             line = rows[rows["curve"] == curve].sort_values("fraction")
-            figure.add_scatter(x=line["fraction"], y=line["probability"], name=name, legendgroup=name, showlegend=column == 1, legendrank=100 * kind, row=1, col=column,
+            figure.add_scatter(x=line["fraction"], y=line["probability"], name=name, legendgroup=name, showlegend=column == 1, legendrank=400 if kind == 2 else 100 * kind, row=1, col=column,
                                visible="legendonly" if kind == 2 else True, mode="lines+markers",
                                line=dict(color=curve_colour(explainer, b), width=3 if explainer == "bcos" else 2, dash="dot" if kind == 3 else "solid"),
                                marker=dict(symbol=EXPLAINER_MARKERS.get(explainer, "circle"), size=0.1 if kind == 3 else 6),

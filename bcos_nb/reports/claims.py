@@ -968,7 +968,7 @@ CLAIMS_STYLE = f"""
 """ + """
 .claims .count { display: flex; flex-wrap: wrap; gap: 10px 26px; margin: 6px 0 14px; } .claims .count b { font-size: 21px; margin-right: 6px; }
 .claims h4 { font-size: 13px; letter-spacing: 0.04em; text-transform: uppercase; opacity: 0.7; margin: 26px 0 2px; }
-.claims .one { display: grid; grid-template-columns: 122px minmax(0, 1fr) 250px; gap: 2px 18px; padding: 10px 0; border-top: 1px solid var(--shade); }
+.claims .one { content-visibility: auto; contain-intrinsic-height: auto 145px; display: grid; grid-template-columns: 122px minmax(0, 1fr) 250px; gap: 2px 18px; padding: 10px 0; border-top: 1px solid var(--shade); }
 .claims .confirmed { color: var(--yes); } .claims .refuted { color: var(--no); } .claims .open { color: var(--open); }
 .claims .verdict { font-weight: 600; white-space: nowrap; } .claims .verdict i { font-style: normal; display: inline-block; width: 1.2em; }
 .claims .words { font-weight: 600; } .claims .words span { font-weight: 400; opacity: 0.65; font-size: 12.5px; margin-left: 6px; }
@@ -977,6 +977,7 @@ CLAIMS_STYLE = f"""
 .claims details .row { display: grid; grid-template-columns: minmax(0, 1fr) 160px 184px; gap: 10px; align-items: center; padding: 1px 0; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .claims details .row > span:first-child { overflow: hidden; text-overflow: ellipsis; }
 @media (max-width: 720px) { .claims .one { grid-template-columns: minmax(0, 1fr); } }
+@media print { .claims .one { content-visibility: visible; } }
 """
 
 

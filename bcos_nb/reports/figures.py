@@ -402,6 +402,6 @@ def detection_against_localization(
     area = both["chance"].mean()
     figure.add_hline(y=area, line=dict(color="#999999", width=1, dash="dot"), annotation_text=f"mean mask area {area:.2f}", annotation_position="bottom right")
     figure.update_layout(**LAYOUT, height=400)
-    figure.update_xaxes(title="AUC at c23")
+    figure.update_xaxes(title="AUC at c23", ticklabelstandoff=4)
     figure.update_yaxes(title="weighted mask score at threshold 0", rangemode="tozero")
     return figure

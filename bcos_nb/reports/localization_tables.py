@@ -380,9 +380,13 @@ def draw_curves(
     names = [curve_name(curves, *row) for row in study.loc[study["weighting"] == measures[0], ["arch", "b", "explainer"]].itertuples(index=False)]
     for measure in measures:
         changes[measure].append([study.loc[study["weighting"] == measure, "study"].tolist() if measure != "specificity" else [math.nan] * len(names), [], [], names])
-    figure.add_scatter(x=[0.0] * len(names), y=changes[measures[0]][-1][0], customdata=names, name="the study’s, at 0", mode="markers", legendgroup=GROUPS[3], legendrank=301, showlegend=bool(names),
-                       legendgrouptitle_text=GROUPS[3], marker=dict(symbol="x-thin", size=9, line=dict(width=2, color="#8a9099")),
-                       hovertemplate="<b>the study’s</b> %{customdata}<br>%{y:.4f}<extra></extra>")
+    colours = [curve_colour(row.explainer, row.b) for row in study.loc[study["weighting"] == measures[0]].itertuples()]
+    figure.add_scatter(x=[0.0] * len(names), y=changes[measures[0]][-1][0], customdata=names, name="the study’s, at 0", mode="markers", showlegend=False, legendgroup=GROUPS[3],
+                       marker=dict(symbol="x-thin", size=9, line=dict(width=2, color=colours)), hovertemplate="<b>the study’s</b> %{customdata}<br>%{y:.4f}<extra></extra>")
+    for measure in measures:
+        changes[measure].append([[None], [], [], []])
+    figure.add_scatter(x=[None], y=[None], name="the study’s, at 0", mode="markers", legendgroup=GROUPS[3], legendrank=301, showlegend=bool(names), legendgrouptitle_text=GROUPS[3],
+                       marker=dict(symbol="x-thin", size=9, line=dict(width=2, color="#8a9099")), hoverinfo="skip")
     chance, game = curves["chance"].mean(), curves["game"].iloc[0]
     for measure in measures:
         changes[measure].append([[0.0 if measure == "specificity" else chance] * 2, [], [], []])
