@@ -270,7 +270,8 @@ def for_paper(
     buttons = [button for menu in figure.layout.updatemenus for button in menu.buttons]
     if buttons:  # what the first button says is what is shown
         top = max(20, (figure.layout.margin.t or 50) - 30)
-        figure.update_layout(updatemenus=[], margin_t=top, height=(figure.layout.height or 450) - 30)
+        figure.layout.updatemenus = ()
+        figure.update_layout(margin_t=top, height=(figure.layout.height or 450) - 30)
         if (title := figure.layout.yaxis.title.text) and buttons[0].label:
             figure.update_layout(yaxis_title_text=f"{title}, {buttons[0].label}")
     return figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
