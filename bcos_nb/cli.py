@@ -311,12 +311,11 @@ def show_plan(planned: list, runs: Path, jobs: int | None) -> None:
     """Says what would run, what is complete, and how long it would take."""
     from bcos_nb.batch.grid_run import clock
     from bcos_nb.batch.kernels import kernel_specs
-    from bcos_nb.batch.status import estimate, grid_states, known_runs, outlook, summary
+    from bcos_nb.batch.status import estimates, grid_states, known_runs, outlook, summary
 
     states, known, slots = grid_states(planned), known_runs(runs), jobs or len(kernel_specs())
-    for job, state in zip(planned, states):
-        seconds, source = estimate(job.notebook.stem, job.params, known)
-        about = f"about {clock(seconds)}" + (" (data/bench)" if source == "data/bench" else "") if seconds else ""
+    for job, state, (seconds, source) in zip(planned, states, estimates(planned, known, planned)):
+        about = f"about {clock(seconds)}" + {"data/bench": " (data/bench)", "counted": " (counted)"}.get(source, "") if seconds else ""
         note = {"done": f"took {clock(state.seconds)}" if state.seconds else "", "failed": state.text, "running": f"{state.text or 'starting'} (process {state.pid} on {state.host})",
                 "stale": f"left by process {state.pid} on {state.host}, which is dead"}.get(state.kind, about)
         tell(f"{'complete' if state.kind == 'done' else 'left' if state.kind == 'stale' else state.kind:<9} {job.label}  {note}".rstrip())

@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -329,4 +330,74 @@ def test_a_dataset_that_a_grid_would_make_is_not_taken_for_the_real_one(tmp_path
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["plan", "demo", "--tflops", "1"])
     assert done.exit_code == 1 and "forge data/miniature --dataset FaceForensics++ --identities 100" in " ".join(done.output.split())
-    assert plans.bench_runs() == [], "nor do runs of it in data/bench count as such"
+    assert count_frames("data/miniature", "FaceForensics++", "train", "c23", 8) == (72 * 8, 72 * 8 * 4, True), "100 identities: 72, 14 and 14 real videos, of which four methods make fakes"
+    assert count_frames("data/miniature", "FaceForensics++", "test", "c40", 4) == (14 * 4, 14 * 4 * 4, True)
+    assert count_frames("data/other", "FaceForensics++", "test", "c40", 4) == (140 * 4, 560 * 4, False)
+
+
+# A network that was never timed
+
+
+def test_a_network_of_thin_layers_weighs_more_than_its_operations():
+    """On a processor ConvNeXt and DenseNet take several times what ResNets of as many operations take."""
+    of = {arch: network_weight(arch, options) for arch, options in (("resnet34", {"stem": "fine", "max_out": 1}), ("convnext_tiny", {"stem": "fine"}), ("densenet121", {"stem": "fine"}))}
+    assert of["convnext_tiny"] > 1.5 * of["resnet34"] and of["densenet121"] > 1.5 * of["resnet34"] and of["resnet34"] > 1
+
+
+def network_weight(arch, options):
+    flops, _, weight = plans.counted_network({"arch": arch, "b": 2, "width": 0.125 if arch == "convnext_tiny" else 0.25, "arch_options": options}, 80)
+    return weight / flops
+
+
+def test_networks_that_were_counted_before_are_counted_right(monkeypatch):
+    """Of data/bench/networks.csv, three rows anew."""
+    rows = plans.counted_before()
+    monkeypatch.setattr(plans, "counted_before", dict)
+    small = sorted(rows, key=lambda key: rows[key][0])[:3]
+    assert len(rows) > 40 and {"resnet34", "xception", "vitc_ti", "vgg16", "densenet121", "inception_v3", "convnext_tiny"} <= {arch for arch, *_ in rows}
+    for key in small:
+        assert plans.count_network.__wrapped__(*key) == pytest.approx(rows[key])
+
+
+def test_a_rate_follows_from_what_a_network_does_elsewhere():
+    """Xception trains at half of ResNet-34's rate, so it is taken to explain at half of it, too."""
+    rates = {("train", "resnet34", True): 8e9, ("train", "xception", True): 4e9, ("mask_game", "resnet34", True): 2e9, ("mask_game", "resnet34", False): 6e9}
+    pace = Pace(plans.with_means({key: [rate] for key, rate in rates.items()}), "")
+    assert pace.rate("mask_game", "xception", True) == 1e9 and pace.rate("train", "xception", True) == 4e9
+    assert ("mask_game", "xception", True) in pace.guessed and ("train", "xception", True) not in pace.guessed
+    assert pace.rate("detect", "resnet34", True) == 5e9, "nobody was tested, so what is known of it is averaged"
+
+
+def test_backbones_are_predicted_within_a_factor_of_three_without_a_run_of_theirs():
+    """Each backbone's runs in data/bench from those of the others alone; operations alone are wrong by more than five."""
+    done = plans.bench_runs()
+    assert {"densenet121", "convnext_tiny", "vgg16"} <= {work.arch for work, _ in done}
+
+    def ratios(weigh):
+        works = [(work if weigh else replace(work, weight=1.0), seconds) for work, seconds in done]
+        for arch in {work.arch for work, _ in works}:
+            pace = Pace(plans.rates_of([one for one in works if one[0].arch != arch]), "", weighed=True)
+            yield from (pace.seconds(work) / seconds for work, seconds in works if work.arch == arch)
+
+    weighed, plain = list(ratios(True)), list(ratios(False))
+    assert 1 / 3 < min(weighed) and max(weighed) < 2 and min(plain) < 1 / 5
+
+
+@pytest.mark.parametrize("grid", ["mini", "study"])
+def test_every_run_of_a_grid_has_an_estimate(grid, tmp_path, monkeypatch):
+    """Searches, guided trainings, FFHQ and all: on a machine that has neither runs nor data."""
+    from bcos_nb.batch.status import estimates, grid_states, known_runs, outlook
+
+    monkeypatch.chdir(tmp_path)
+    jobs = preset_jobs(load_preset(grid), tmp_path / "runs")
+    found = estimates(jobs, known_runs(tmp_path / "runs"), jobs)
+    assert all(seconds and seconds > 10 for seconds, _ in found) and {source for _, source in found} <= {"data/bench", "counted"}
+    left = outlook(jobs, grid_states(jobs), known_runs(tmp_path / "runs"), 2)
+    assert left.sources[""] == 0 and "by counting operations" in str(left) and left.seconds >= sum(seconds for seconds, _ in found) / 2 - 1
+    if grid == "mini":
+        of = {job.label: seconds for job, (seconds, _) in zip(jobs, found)}
+        games = lambda arch: next(seconds for label, seconds in of.items() if label.startswith(f"mask_game/{arch}-b2-"))
+        assert games("densenet121") > 3 * games("resnet34") and games("convnext_tiny") > 3 * games("resnet34")
+        guided, free = ([seconds for job, (seconds, _) in zip(jobs, found) if job.notebook.stem == "train" and job.params["arch"] == "resnet10" and bool(job.params["training"].get("guidance")) == one]
+                        for one in (True, False))
+        assert len(guided) == 2 and min(guided) > 1.5 * max(free)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'NO_MATTER', 'OF_DETECTOR', 'State', 'state_of', 'seconds_of', 'notebook_seconds', 'write_grid', 'read_grid',
-           'found_runs', 'grid_states', 'Known', 'known_runs', 'record_runs', 'likeness', 'estimate', 'Outlook',
-           'outlook', 'summary', 'status_view']
+           'found_runs', 'grid_states', 'Known', 'known_runs', 'record_runs', 'likeness', 'estimate', 'estimates',
+           'detector_of', 'Outlook', 'outlook', 'summary', 'status_view']
 
 # %% ../../nbs/batch/status.ipynb #2062ea54
 import csv
@@ -126,11 +126,12 @@ class Known:
     params: dict[str, Any]
     seconds: float
     here: bool  # in the folder in question, not from data/bench
+    job: Job | None = None  # of one here
 
 
 def known_runs(runs: str | os.PathLike) -> list[Known]:  # those here first
     """Complete runs of a folder, and those of data/bench."""
-    here = [Known(job.notebook.stem, job.params, seconds, True) for job in found_runs(runs) if is_complete(job.run_dir) and (seconds := seconds_of(job.run_dir))]
+    here = [Known(job.notebook.stem, job.params, seconds, True, job) for job in found_runs(runs) if is_complete(job.run_dir) and (seconds := seconds_of(job.run_dir))]
     try:
         table = resource_path("data/bench/runs.csv")
     except FileNotFoundError:
@@ -153,9 +154,11 @@ def record_runs(
 
 
 def likeness(params: Mapping[str, Any], level: int) -> str:
-    """What two runs must have in common: 0 all that matters, 1 all but B, 2 all but B and the detector."""
+    """What two runs must have in common: 0 all that matters, 1 all but the value of B, 2 all but B and the detector."""
     left_out = NO_MATTER + (("b",) if level else ()) + (OF_DETECTOR if level > 1 else ())
     kept = {key: value for key, value in params.items() if key not in left_out and value is not None}
+    if level == 1 and "b" in params:
+        kept["b"] = "B-cos" if params["b"] is not None else "ordinary"  # which is a third faster, or three times
     return json.dumps(kept, sort_keys=True, default=str)
 
 
@@ -163,9 +166,10 @@ def estimate(
     experiment: str,
     params: Mapping[str, Any],
     known: Sequence[Known],
+    levels: Sequence[int] = range(3),  # of `likeness` that are tried, in this order
 ) -> tuple[float | None, str]:  # seconds, and of what: "here" or "data/bench"; None and ""
-    """How long a run will take."""
-    for level in range(3):
+    """How long a run will take, by runs that are like it."""
+    for level in levels:
         wanted = likeness(params, level)
         like = [one for one in known if one.experiment == experiment and likeness(one.params, level) == wanted]
         for here in (True, False):
@@ -175,16 +179,49 @@ def estimate(
     return None, ""
 
 
+def estimates(
+    jobs: Sequence[Job],   # whose times are wanted
+    known: Sequence[Known],
+    grid: Sequence[Job] = (),  # all jobs: the trainings that evaluations build on
+) -> list[tuple[float | None, str]]:  # of each, seconds and of what: "here", "data/bench", "counted"; None and ""
+    """How long runs will take: as runs that differ in B at most, else by the operations of their networks, else as runs of other detectors."""
+    found = [estimate(job.notebook.stem, job.params, known, levels=(0, 1)) for job in jobs]
+    unlike = [k for k, (seconds, _) in enumerate(found) if seconds is None or detector_of(jobs[k], grid, known) is not None]
+    if unlike:
+        from .plan import counted_seconds  # brings torch, which a grid of runs that were timed does without
+
+        counted = counted_seconds([jobs[k] for k in unlike], [(one.job, one.seconds) for one in known if one.job], [*grid, *jobs])
+        for k, seconds in zip(unlike, counted):
+            found[k] = (seconds, "counted") if seconds is not None else estimate(jobs[k].notebook.stem, jobs[k].params, known)
+    return found
+
+
+def detector_of(
+    job: Job,
+    grid: Sequence[Job],
+    known: Sequence[Known],
+) -> str | None:  # of an evaluation whose detector's backbone no known run of this kind has; None: of any other
+    """An evaluation's parameters don't say what it evaluates: those of ResNet-34 and of ConvNeXt are the same."""
+    if "detector" not in job.params:
+        return None
+    folder = (job.run_dir / str(job.params["detector"])).resolve()
+    arch = next((other.params.get("arch") for other in grid if other.run_dir.resolve() == folder), None) or (read_json(folder / "params.json") or {}).get("arch")
+    if arch is None:
+        return None
+    word = lambda path: Path(str(path)).name.split("-")[0]
+    return None if any(one.experiment == job.notebook.stem and word(one.params.get("detector", "")) == arch for one in known) else arch
+
+
 @dataclass
 class Outlook:
     """What is left of a grid."""
     seconds: float          # until all is done, with what can be estimated
-    sources: dict[str, int] # "here", "data/bench" and "": number of runs whose estimate is from there, or from nowhere
+    sources: dict[str, int] # "here", "data/bench", "counted" and "": number of runs whose estimate is from there, or from nowhere
 
     def __str__(self):
-        said = {"here": "from complete runs here", "data/bench": "from data/bench", "": "without an estimate, for nothing like them was measured"}
+        said = {"here": "from complete runs here", "data/bench": "from data/bench", "counted": "by counting operations", "": "without an estimate, for nothing like them was measured"}
         parts = [f"{count} {said[source]}" for source, count in self.sources.items() if count]
-        if not self.sources.get("here") and not self.sources.get("data/bench"):
+        if not any(count for source, count in self.sources.items() if source):
             return f"no estimate, for nothing like {'it' if sum(self.sources.values()) == 1 else 'them'} was measured"
         return f"about {clock(self.seconds)} ({', '.join(parts)})"
 
@@ -196,11 +233,9 @@ def outlook(
     slots: int,               # runs at once
 ) -> Outlook:
     """Time left: all work shared among the slots, or the longest chain of runs that need each other, whichever is longer."""
-    left, sources = {}, {"here": 0, "data/bench": 0, "": 0}
-    for job, state in zip(jobs, states):
-        if state.kind in ("done", "failed"):
-            continue
-        seconds, source = estimate(job.notebook.stem, job.params, known)
+    left, sources = {}, {"here": 0, "data/bench": 0, "counted": 0, "": 0}
+    wanted = [(job, state) for job, state in zip(jobs, states) if state.kind not in ("done", "failed")]
+    for (job, state), (seconds, source) in zip(wanted, estimates([job for job, _ in wanted], known, jobs)):
         if state.kind == "running" and state.fraction and state.fraction > 0.05:
             seconds, source = state.seconds / state.fraction, "here"
         sources[source] += 1
