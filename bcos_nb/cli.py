@@ -373,7 +373,7 @@ def run(
     write_grid(planned, runs)
     states = grid_states(planned)
     with slots_on(cluster, runs, jobs) as slots:
-        left = None if cluster else outlook(planned, states, known_runs(runs), jobs or len(kernel_specs()))
+        left = None if cluster else outlook(planned, states, known_runs(runs), jobs or len(kernel_specs()), count=False)  # the runs come first; --dry-run and status count
         tell(f"{summary(planned, states, left)}. How far they are: bcos-nb status {runs}")
         table = run_jobs(planned, wait_for_others=wait, retry_failed=retry_failed, time_limit=limit, **slots)
     report_failures(table, runs)

@@ -12,7 +12,7 @@ from bcos_nb.detection.metrics import bootstrap_intervals, video_scores
 from bcos_nb.games.statistics import compare_explainers
 from bcos_nb.reports.claims import (
     CLAIMS, OTHER_SETS, Claim, Draws, Estimate, OurTables, StudyTables, claim, claim_rows, claims_html, claims_table, drawn_auc, drawn_metric, enumerated, judge, mean_of,
-    unknown, wins_by_video,
+    scenes_of, unknown, wins_by_video,
 )
 from bcos_nb.reports.page import loads_from_network
 from bcos_nb.reports.paper import read_paper
@@ -116,6 +116,37 @@ def test_intervals_are_those_of_the_detection_tables(tmp_path):
         assert np.quantile(ours.draws, [0.025, 0.975]) == pytest.approx(theirs[metric], abs=0.008)
     videos = video_scores(scores)
     assert OurTables(tmp_path).auc("resnet34", level="video").value == pytest.approx(roc_auc_score(videos["label"], videos["probability"]))
+
+
+@pytest.mark.parametrize("fake, real", [
+    ("Deepfakes/006_037", "real/006"), ("FaceShifter/123_456", "real/123"), ("Celeb-DF-v2/id2_id34_0000", "real/id2_0000"), ("DFDCP A/115841_A_000_448439", "real/115841_A_000"),
+    ("DeepFakeDetection/01_02__exit_phone_room__UPWNWFQA", "real/01__exit_phone_room"), ("UADFV/0000_fake", "real/0000"),
+])
+def test_a_fake_is_of_the_scene_of_its_real_video(fake, real):
+    assert scenes_of([fake, "Deepfakes/999_998", "video 3"], ["real/elsewhere", real]) == [real, "Deepfakes/999_998", "video 3", "real/elsewhere", real]
+
+
+def test_claims_on_detection_draw_scenes_as_those_on_games_do():
+    """Two fakes of each real video that stand and fall with it: draws are those of as many scenes, and wider than those of twice as many videos."""
+    rng, rows = np.random.default_rng(0), []
+    for scene in range(20):
+        shift = rng.normal(0, 0.25)
+        rows += [dict(video=f"real/{scene:03d}", label=0, probability=0.4 + rng.normal(0, 0.05))]
+        rows += [dict(video=f"{method}/{scene:03d}_{(scene + 1) % 20:03d}", label=1, probability=0.5 + shift + rng.normal(0, 0.01)) for method in METHODS]
+    scores, draws = pd.DataFrame(rows), Draws(4000)
+    ours = drawn_metric("recall", scores, draws)
+    share = scores[scores["label"] == 1].assign(called=lambda rows: rows["probability"] >= 0.5, scene=lambda rows: rows["video"].str.extract(r"/(\d+)_")[0]).groupby("scene")["called"].mean()
+    by_scene = share.std(ddof=0) / math.sqrt(len(share))
+    assert ours.draws.std() == pytest.approx(by_scene, rel=0.1) and ours.videos == 20
+    apart = drawn_metric("recall", scores.assign(video=[f"{name} {k}" for k, name in enumerate(scores["video"])]), draws)  # names that don't tell
+    assert apart.draws.std() < 0.8 * ours.draws.std() and apart.videos == 40
+    for scenes in (ours, drawn_metric("auc", scores, draws)):
+        assert np.isfinite(scenes.draws).all()
+    auc = drawn_metric("auc", scores, draws)
+    counts = np.random.default_rng(1).multinomial(20, np.full(20, 1 / 20), size=600)  # a plain loop, with scikit-learn
+    number = scores["video"].str.extract(r"/(\d+)")[0].astype(int)
+    loop = [roc_auc_score(scores["label"], scores["probability"], sample_weight=one[number]) for one in counts]
+    assert auc.draws.std() == pytest.approx(np.std(loop), rel=0.12)
 
 
 def test_a_detector_does_not_differ_from_itself(tmp_path):

@@ -174,7 +174,7 @@ def test_a_part_of_a_grid_its_state_and_what_failed(stubs, tmp_path):
     code, text = said("status", "runs/tiny")
     assert code == 0 and text.startswith("4 runs: 2 done, 1 failed, 1 to do; about") and "broken on purpose" in text
     code, text = said("run", "tiny.yaml", "--out", "runs/tiny", "--dry-run")
-    assert code == 0 and "8 runs: 2 done, 1 failed, 5 to do" in text and "from complete runs here" in text and "Nothing was started" in text
+    assert code == 0 and "8 runs: 2 done, 1 failed, 5 to do; about" in text and "without an estimate" not in text and "Nothing was started" in text
 
     code, text = said("run", "tiny.yaml", "--out", "runs/tiny", "--only", "detect", "--retry-failed", "--time-limit", "10m")
     assert code == 0 and "All 4 runs" in text and "2 of them done now" in text

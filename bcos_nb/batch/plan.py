@@ -529,7 +529,7 @@ def bench_pace() -> Pace:
 
     remedy, done = "For another machine give --calibrate there, or --tflops.", bench_runs()
     if done:
-        return Pace(rates_of(done), f"From data/bench/runs.csv: {len(done)} runs on the machine that data/README.md names. {remedy}", weighed=True)
+        return Pace(rates_of(done), f"From data/bench (runs.csv and backbones.csv): {len(done)} runs on the machine that data/README.md names. {remedy}", weighed=True)
     table = pd.read_csv(resource_path("data/bench/amd-epyc-2-cores.csv"))
     forward = network_of({"arch": "resnet34", "b": None}, 224)[0]
     steps, looks = (table[(table["room"] == room) & (table["beside"] == "reference")] for room in ("steps", "forward"))

@@ -183,12 +183,15 @@ def estimates(
     jobs: Sequence[Job],   # whose times are wanted
     known: Sequence[Known],
     grid: Sequence[Job] = (),  # all jobs: the trainings that evaluations build on
+    count: bool = True,    # False: not by operations, which takes seconds
 ) -> list[tuple[float | None, str]]:  # of each, seconds and of what: "here", "data/bench", "counted"; None and ""
     """How long runs will take: as runs that differ in B at most, else by the operations of their networks, else as runs of other detectors."""
+    if not count:
+        return [estimate(job.notebook.stem, job.params, known) for job in jobs]
     found = [estimate(job.notebook.stem, job.params, known, levels=(0, 1)) for job in jobs]
     unlike = [k for k, (seconds, _) in enumerate(found) if seconds is None or detector_of(jobs[k], grid, known) is not None]
     if unlike:
-        from .plan import counted_seconds  # brings torch, which a grid of runs that were timed does without
+        from .plan import counted_seconds
 
         counted = counted_seconds([jobs[k] for k in unlike], [(one.job, one.seconds) for one in known if one.job], [*grid, *jobs])
         for k, seconds in zip(unlike, counted):
@@ -223,7 +226,9 @@ class Outlook:
         parts = [f"{count} {said[source]}" for source, count in self.sources.items() if count]
         if not any(count for source, count in self.sources.items() if source):
             return f"no estimate, for nothing like {'it' if sum(self.sources.values()) == 1 else 'them'} was measured"
-        return f"about {clock(self.seconds)} ({', '.join(parts)})"
+        from .plan import long_clock
+
+        return f"about {clock(self.seconds) if self.seconds < 86400 else long_clock(self.seconds)} ({', '.join(parts)})"
 
 
 def outlook(
@@ -231,11 +236,12 @@ def outlook(
     states: Sequence[State],  # of grid_states
     known: Sequence[Known],   # of known_runs
     slots: int,               # runs at once
+    count: bool = True,       # as in `estimates`
 ) -> Outlook:
     """Time left: all work shared among the slots, or the longest chain of runs that need each other, whichever is longer."""
     left, sources = {}, {"here": 0, "data/bench": 0, "counted": 0, "": 0}
     wanted = [(job, state) for job, state in zip(jobs, states) if state.kind not in ("done", "failed")]
-    for (job, state), (seconds, source) in zip(wanted, estimates([job for job, _ in wanted], known, jobs)):
+    for (job, state), (seconds, source) in zip(wanted, estimates([job for job, _ in wanted], known, jobs, count)):
         if state.kind == "running" and state.fraction and state.fraction > 0.05:
             seconds, source = state.seconds / state.fraction, "here"
         sources[source] += 1

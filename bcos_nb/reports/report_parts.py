@@ -407,7 +407,7 @@ class Report:
     def legend(self) -> None:
         """How cells are to be read."""
         keys = "; ".join(f'<span class="key {TONES[name]}">{sign}</span> {words}' for name, (sign, words) in AGREEMENTS.items())
-        self.show('<p class="note">In a table, a cell has our number, its 95&nbsp;% interval (from draws of videos or scenes), and in grey the number that the study “Spot the Fake B-cos You Can?” prints, '
+        self.show('<p class="note">In a table, a cell has our number, its 95&nbsp;% interval (of detection from draws of videos, of games from draws of scenes, which are a real video and all fakes made from it), and in grey the number that the study “Spot the Fake B-cos You Can?” prints, '
                   f"with how the two agree: {keys}. The study’s numbers were measured on the real FaceForensics++ with full-size networks: where a folder holds another dataset or smaller networks, "
                   "they are there for orientation, and no agreement is to be expected digit by digit. Bold: best of ours in its column. A question mark: a remark on the study’s number, shown on pointing at it.</p>")
 
