@@ -191,7 +191,7 @@ def estimates(
     found = [estimate(job.notebook.stem, job.params, known, levels=(0, 1)) for job in jobs]
     unlike = [k for k, (seconds, _) in enumerate(found) if seconds is None or detector_of(jobs[k], grid, known) is not None]
     if unlike:
-        from .plan import counted_seconds
+        from bcos_nb.batch.plan import counted_seconds
 
         counted = counted_seconds([jobs[k] for k in unlike], [(one.job, one.seconds) for one in known if one.job], [*grid, *jobs])
         for k, seconds in zip(unlike, counted):
@@ -226,7 +226,7 @@ class Outlook:
         parts = [f"{count} {said[source]}" for source, count in self.sources.items() if count]
         if not any(count for source, count in self.sources.items() if source):
             return f"no estimate, for nothing like {'it' if sum(self.sources.values()) == 1 else 'them'} was measured"
-        from .plan import long_clock
+        from bcos_nb.batch.plan import long_clock
 
         return f"about {clock(self.seconds) if self.seconds < 86400 else long_clock(self.seconds)} ({', '.join(parts)})"
 
