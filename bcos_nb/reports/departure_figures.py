@@ -74,7 +74,10 @@ def departure_figure(
         for (arch, b), rows in here.groupby(["arch", "b"], dropna=False, sort=False):
             rows, name = rows.drop_duplicates("step"), short_name(means, arch, b)
             entry = f"{explainer_name('bcos')}, {name}"  # a B-cos network has its explanation's colour, and comes and goes with it
-            entry = entry if any(trace.legendgroup == entry for trace in figure.data) else f"detection, {name}"
+            if not any(trace.legendgroup == entry for trace in figure.data):
+                entry = f"detection, {name}"
+                if place == 1:
+                    figure.add_scatter(x=[None], y=[None], name=entry, legendgroup=entry, legendrank=500, mode="lines+markers", line=dict(color=b_colour(b), width=2), row=2, col=1)
             add_curve(figure, rows, "auc", f"AUC, {name}", place, 2, color=b_colour(b), dash="solid", symbol="circle", rank=500, entry=entry)
             add_curve(figure, rows, "probability", f"p(fake) of fakes, {name}", place, 2, color=b_colour(b), dash="dash", symbol="circle-open", rank=500, entry=entry)
         steps = sorted(here["step"].unique())
@@ -111,6 +114,6 @@ def add_curve(
     rows = rows.sort_values("step")
     bars = dict(type="data", symmetric=False, array=rows["high"] - rows[column], arrayminus=rows[column] - rows["low"], thickness=1, width=2) if column == "score" else None
     between = [f" ({low:.3f} to {high:.3f})" if column == "score" and pd.notna(low) else "" for low, high in zip(rows["low"], rows["high"])]
-    figure.add_scatter(x=rows["step"], y=rows[column], name=entry, legendgroup=entry, showlegend=not known, legendrank=rank, row=row, col=place,
+    figure.add_scatter(x=rows["step"], y=rows[column], name=name if known else entry, legendgroup=entry, showlegend=not known, legendrank=rank, row=row, col=place,
                        mode="lines+markers" if symbol else "lines", visible="legendonly" if hidden else True, line=dict(color=color, width=2, dash=dash),
                        marker=dict(symbol=symbol or "circle", size=6), error_y=bars, customdata=between, hovertemplate=f"<b>{name}</b><br>%{{x}}: %{{y:.3f}}%{{customdata}}<extra></extra>")
