@@ -16,6 +16,7 @@ from bcos_nb.models import create_detector, save_detector
 from bcos_nb.reports.figures import heat_overlay
 from bcos_nb.widgets import AttributionExplorer, ExplanationCache, MapCanvas, Panel, ThresholdExplorer, find_runs, open_runs
 from bcos_nb.widgets.canvas import LEVELS, packed_table, restored_attribution, stored_attribution
+from bcos_nb.widgets.explanations import named_detectors
 from bcos_nb.widgets.explorer import Background, Dropped, frame_sets, hidden_image, look
 from bcos_nb.widgets.own_images import make_own
 from bcos_nb.widgets.saving import canvas_page
@@ -367,3 +368,12 @@ def test_runs_are_found_and_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("BCOS_NB_RUNS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="BCOS_NB_RUNS"):
         find_runs()
+
+
+def test_a_single_detector_names_itself_and_what_is_none_is_told(detectors, frames):
+    detector = detectors["ResNet-10, B = 2"]
+    assert list(named_detectors(detector)) == ["ResNet-10, B = 2"]
+    for wrong, got in (("runs/demo", "got str"), ([detector], "got list"), ({"B = 2": "runs/demo"}, "'B = 2': str"), ({2: detector}, "2: ")):
+        for explorer in (AttributionExplorer, ThresholdExplorer):
+            with pytest.raises(TypeError, match=f"a mapping from names in print to detectors.*{got}"):
+                explorer(wrong, frames)

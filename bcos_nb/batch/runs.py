@@ -375,5 +375,8 @@ def find_training(
     beside = Path(run_dir or ".") / detector
     folder = beside.resolve() if beside.is_dir() else find_path(detector, "training", remedy)
     if not is_complete(folder):
-        raise RuntimeError(f"The training {folder} is not complete: it has no metrics.json. Finish it first; started again, it goes on where it was.")
+        remedy = "Finish it first; started again, it goes on where it was."
+        if (folder / "detector.safetensors").is_file() and not (folder / "params.json").is_file():
+            remedy = "It holds a detector that was saved elsewhere: bcos-nb adopt FILE OUT --arch ARCH makes a run of its weights."
+        raise RuntimeError(f"The training {folder} is not complete: it has no metrics.json. {remedy}")
     return folder

@@ -37,7 +37,7 @@ from ..layers.dynamic_linear import evaluating
 from ..models import Detector
 from ..reports.tables import STUDY_EXPLAINERS, arch_name, b_name, explainer_name
 from .canvas import STYLES, MapCanvas, Panel, packed_table
-from .explanations import ExplanationCache, version_of
+from .explanations import ExplanationCache, named_detectors, version_of
 from .own_images import OwnImages
 from .saving import SaveBar, canvas_page
 
@@ -802,7 +802,7 @@ class Instrument(Quiet, widgets.VBox):
 
     def __init__(
         self,
-        detectors: Mapping[str, Detector],  # name in print to detector
+        detectors: Detector | Mapping[str, Detector],  # one, or name in print to detector
         frames: AnyFrames | pd.DataFrame | Mapping[str, AnyFrames | pd.DataFrame],  # with masks; or a catalogue of read_catalog; or several by name
         explainers: Sequence[str] | None = None,  # to offer, the first are ticked; None: all that serve
         *,
@@ -817,9 +817,7 @@ class Instrument(Quiet, widgets.VBox):
         rows: int = 3,
         columns: int = 3,
     ):
-        if not detectors:
-            raise ValueError("There is no detector to look at: pass a dict of at least one, such as {'B = 2': load_detector(path)}.")
-        self.detectors, self.side, self.room, self.forward = dict(detectors), side, width, ahead
+        self.detectors, self.side, self.room, self.forward = named_detectors(detectors), side, width, ahead
         self.cache, self.background = ExplanationCache(max_bytes) if cache is None else cache, Background()
         self.shown: Shown | None = None
         self.ahead: list = []

@@ -34,7 +34,7 @@ from ..games.grid import Grids, build_grids, frame_batch, sureness, usual_window
 from ..models import Detector, load_detector
 from ..reports.tables import detector_name, explainer_name
 from .canvas import MapCanvas, Panel
-from .explanations import ExplanationCache
+from .explanations import ExplanationCache, named_detectors
 from .explorer import Background, Dropped, Quiet, first_side
 from .opening import find_data
 from .saving import SaveBar, canvas_page
@@ -219,7 +219,7 @@ class GridExplorer(Quiet, widgets.VBox):
 
     def __init__(
         self,
-        detectors: Mapping[str, Detector],  # name in the menu to detector
+        detectors: Detector | Mapping[str, Detector],  # one, or name in print to detector
         frames: Frames | FrameDataset | pd.DataFrame,  # or a catalogue of read_catalog
         explainers: Sequence[str] = ("bcos", "gradcam", "gradcam++", "layercam", "xgradcam"),  # those that can serve the detector are shown
         *,
@@ -232,11 +232,9 @@ class GridExplorer(Quiet, widgets.VBox):
         side: int = 200,  # of a picture on the screen, pixels
         folder: str | Path = "saved",  # where what is saved goes
     ):
-        if not detectors:
-            raise ValueError("There is no detector to look at: pass a dict of at least one, such as {'B = 2': load_detector(path)}.")
         if isinstance(frames, pd.DataFrame) and size is None:
             size = first_side(frames)
-        self.detectors, self.explainers, self.side = dict(detectors), list(explainers), side
+        self.detectors, self.explainers, self.side = named_detectors(detectors), list(explainers), side
         self.cache = ExplanationCache() if cache is None else cache  # an empty one is false
         self.pool = self.frames = pool_of(frames, size, most)
         self.known: dict[tuple, np.ndarray] = {}  # p(fake) of the frames, by detector and frames

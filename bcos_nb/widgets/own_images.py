@@ -34,7 +34,7 @@ from ..models import Detector
 from ..reports.figures import OUTLINE
 from ..reports.tables import explainer_name
 from .canvas import MapCanvas, Panel
-from .explanations import ExplanationCache
+from .explanations import ExplanationCache, named_detectors
 
 # %% ../../nbs/widgets/own_images.ipynb #cdaba4e5
 MOST_BYTES, MOST_PIXELS, LEAST_SIDE = 25_000_000, 40_000_000, 16
@@ -463,7 +463,7 @@ class OwnImagesExplorer(widgets.VBox):
 
     def __init__(
         self,
-        detectors: Mapping[str, Detector],  # name in print to detector
+        detectors: Detector | Mapping[str, Detector],  # one, or name in print to detector
         explainers: Sequence[str] = ("bcos", "gradcam", "layercam"),  # columns
         *,
         size: int = Preparation.size,  # side of the frames, pixels
@@ -471,9 +471,7 @@ class OwnImagesExplorer(widgets.VBox):
         cache: ExplanationCache | None = None,  # or explanations
         side: int = 220,  # of a picture on the screen, pixels
     ):
-        if not detectors:
-            raise ValueError("There is no detector to look at: pass a dict of at least one, such as {'B = 2': load_detector(path)}.")
-        self.detectors, self.explainers = dict(detectors), list(explainers)
+        self.detectors, self.explainers = named_detectors(detectors), list(explainers)
         self.own, self.cache, self.frames = OwnImages(size) if own is None else own, ExplanationCache() if cache is None else cache, None  # empty ones are false
         self.chosen = widgets.Dropdown(description="image", layout=widgets.Layout(width="420px"), style={"description_width": "70px"})
         self.threshold = widgets.FloatSlider(value=0.0, min=0, max=1, step=0.01, description="threshold", layout=widgets.Layout(width="420px"), style={"description_width": "70px"})

@@ -236,7 +236,7 @@ class ThresholdExplorer(Instrument):
 
     def __init__(
         self,
-        detectors: Mapping[str, Detector],  # name in print to detector
+        detectors: Detector | Mapping[str, Detector],  # one, or name in print to detector
         frames: AnyFrames | pd.DataFrame | Mapping[str, AnyFrames | pd.DataFrame],  # with masks; or a catalogue of read_catalog; or several by name
         explainers: Sequence[str] | None = None,  # to offer, the first four are ticked; None: all that serve
         **options: object,  # of `Instrument`
