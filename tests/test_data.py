@@ -294,7 +294,7 @@ def test_missing_frames_are_named_and_counted(copy):
     frames = sorted((copy / FACES / "original_sequences/youtube/c23/frames").glob("*/001.png"))
     for frame in frames:
         frame.unlink()
-    with pytest.raises(FileNotFoundError, match=r"001\.png.*2 of 12 frames.*Copy the missing frames") as caught:
+    with pytest.raises(FileNotFoundError, match=r"001\.png.*2 of 12 frames.*Copy them there; or do without: `bcos-nb data mend") as caught:
         read_catalog(copy, "FF-DF", "train", "c23")
     assert "\n" not in str(caught.value)
 

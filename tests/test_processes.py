@@ -110,7 +110,36 @@ def test_a_child_that_is_killed_ends_the_training_and_it_goes_on_from_there(tmp_
     assert (tmp_path / "cut" / "detector.safetensors").read_bytes() == (tmp_path / "whole" / "detector.safetensors").read_bytes()
 
 
+def test_what_forbids_children_is_told_with_a_way_on(tmp_path):
+    script = """
+import sys
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from test_training import quick, tiny, toy
+from bcos_nb.batch.plan import count_network
+from bcos_nb.training import fit_in_processes
+if sys.argv[2] == "counted":
+    count_network.__wrapped__("resnet10", None, 0.3, "{}", 64)
+else:
+    with FakeTensorMode():  # makes torch believe in a GPU; then the first backward pass starts threads
+        torch.ones(1)
+torch.ones(1, requires_grad=True).sum().backward()
+print(len(fit_in_processes(2, tiny(), toy(40, 0), toy(20, 1), quick(epochs=1), sys.argv[1], progress=False)), "epoch")
+"""
+    ways = [subprocess.run([sys.executable, "-c", script, tmp_path / way, way], cwd=HERE, capture_output=True, text=True) for way in ("counted", "spoilt")]
+    assert ways[0].returncode == 0 and ways[0].stdout.endswith("1 epoch\n"), ways[0].stderr
+    assert ways[1].returncode == 1 and "Restart the kernel, and train before anything else" in ways[1].stderr
+
+
 def test_an_interrupt_ends_the_children(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # some packages put their own in its place
+    try:
+        interrupted(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupted(tmp_path):
     watch = after_the_first_epoch(tmp_path, lambda children: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         fit_in_processes(2, tiny(), toy(64, 0), toy(20, 1), quick(epochs=200), tmp_path, progress=False)

@@ -114,6 +114,7 @@ def count_network(
                 self.numbers += sum(one.numel() for one in tree_leaves((given, made)) if isinstance(one, torch.Tensor) and one.is_floating_point())
             return made
 
+    torch.zeros(1, requires_grad=True).sum().backward()  # autograd begins now: after FakeTensorMode it would start a thread for a GPU that isn't there, and then no child of this process could train
     for without_content in (FakeTensorMode, nullcontext):  # some networks look at numbers while they are made
         try:
             with without_content():

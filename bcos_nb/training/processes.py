@@ -145,7 +145,10 @@ def launch(processes: int, arguments: tuple, mixed_precision: str) -> None:
             reason = notes[0]["message"] if notes else f"exit code {', '.join(str(failure.exitcode) for failure in error.failures.values())}"
             raise RuntimeError(f"A process of the training was killed, as a system short of memory does, or lost touch with the others ({reason.strip()}). "
                                "Started again, the training goes on from its last state.") from None
-        raise getattr(builtins, notes[0]["kind"])(notes[0]["message"]) from None
+        message = notes[0]["message"]
+        if "fork-based multiprocessing" in message:
+            message = f"Something in this kernel made autograd start threads of its own, and its children cannot do without them. Restart the kernel, and train before anything else. ({message})"
+        raise getattr(builtins, notes[0]["kind"])(message) from None
     finally:
         logging.disable(silence)
         for number, handler in before.items():
