@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 
 import nbformat
 import psutil
@@ -14,7 +15,8 @@ import pytest
 import yaml
 
 from bcos_nb.batch import install_kernels, is_complete, run_jobs
-from bcos_nb.batch.grid_run import plan_jobs
+from bcos_nb.batch.grid_run import outcome_of, plan_jobs
+from bcos_nb.batch.runs import finish_run, start_run
 
 KERNEL = install_kernels(gpus=[])[0]
 NAMES = ("a", "b", "c")
@@ -128,6 +130,16 @@ def check_kills(notebooks, tmp_path, whom, seed, limit):
     assert not list((tmp_path / "runs").glob("*/*/lock")) and not list((tmp_path / "runs").glob("*/*/failure.json"))
     leftovers = [file.name for file in (tmp_path / "runs").glob("*/*/.*") if not file.name.startswith(".lock")]
     assert not leftovers, leftovers
+
+
+def test_a_worker_that_dies_when_all_is_done_has_done_it(notebooks, tmp_path):
+    whole, half = grid_of(notebooks, tmp_path / "runs")[:2]
+    finish_run(start_run(whole.run_dir, "train", whole.params), {"auc": 0.9})
+    start_run(half.run_dir, "train", half.params)
+    dead = Future()
+    dead.set_exception(RuntimeError("The worker process 1 was killed by signal 9."))
+    assert outcome_of(dead, whole, 3.0) == {"status": "done", "seconds": 3.0, "error": ""} and not (whole.run_dir / "failure.json").exists()
+    assert outcome_of(dead, half, 3.0)["status"] == "failed" and (half.run_dir / "failure.json").is_file()
 
 
 def test_a_kernel_a_worker_and_the_parent_are_killed(notebooks, tmp_path):

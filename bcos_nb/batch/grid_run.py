@@ -380,6 +380,8 @@ def outcome_of(future: Future, job: Job, seconds: float) -> dict:  # status, sec
         return future.result()
     error = f"{last_line(str(fault))} (see {job.run_dir / 'notebook.ipynb'})"
     clear_locks([job])
+    if is_complete(job.run_dir):  # the worker died when all was done
+        return {"status": "done", "seconds": seconds, "error": ""}
     if job.run_dir.is_dir():
         note_failure(job.run_dir, error)
     return {"status": "failed", "seconds": seconds, "error": error}
