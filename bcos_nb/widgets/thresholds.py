@@ -11,6 +11,7 @@ __all__ = ['STEPS', 'MEASURES', 'DASHES', 'GREY', 'kept_shares', 'other_mean', '
 import html
 import itertools
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import ipywidgets as widgets
@@ -29,6 +30,12 @@ from ..reports.figures import curve_colour
 from ..reports.tables import arch_name, b_name, explainer_name
 from .explanations import ExplanationCache
 from .explorer import AnyFrames, Instrument, Shown, dropdown, flow
+
+if "jsonschema" not in sys.modules:  # which FigureWidget imports; where it finds this package, it spends a second on a grammar that notebooks do not need
+    there = sys.modules.setdefault("rfc3987_syntax", None)
+    go.FigureWidget  # noqa: B018, imported when it is named
+    if there is None:
+        del sys.modules["rfc3987_syntax"]
 
 # %% ../../nbs/widgets/thresholds.ipynb #40f79d8b
 STEPS = tuple(step / 100 for step in range(101))  # the slider's thresholds
