@@ -651,7 +651,6 @@ def fit(
     run_dir, forward, deterministic = Path(run_dir), detector.__dict__.get("forward"), torch.backends.cudnn.deterministic
     (run_dir / "state").mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(config, run_dir)
-    torch.backends.cudnn.deterministic = True  # the same seed, the same numbers
     lock = FileLock(run_dir / "state" / "lock", timeout=0)
     try:
         if accelerator.is_main_process:
@@ -660,6 +659,7 @@ def fit(
         raise RuntimeError(f"Another process is training in {run_dir}. Wait until it is done, or give this training "
                            "a folder of its own.") from error
     try:
+        torch.backends.cudnn.deterministic = True  # the same seed, the same numbers
         run = Training(accelerator, detector, train, val, config, run_dir)
         if config.trackers and accelerator.is_main_process:
             start_trackers(run)
