@@ -50,7 +50,8 @@ def app(demo):
         wanted = taken.getsockname()[1]
         environment = os.environ | {"BCOS_NB_RUNS": str(demo / "runs" / "demo"), "OMP_NUM_THREADS": "1"}
         environment.pop("JUPYTER_TOKEN", None)
-        process = subprocess.Popen([*PROGRAM, f"--port={min(wanted, 64000)}", "--theme=dark"], cwd=demo, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen([*PROGRAM, f"--port={min(wanted, 64000)}", "--theme=dark"], cwd=demo, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell lets what it starts in the background ignore it
         try:
             said = process.stdout.readline()
             address, token = re.search(r"(http://127\.0\.0\.1:\d+)/\?token=([0-9a-f]{48})", said).groups()
