@@ -349,14 +349,25 @@ def network_weight(arch, options):
     return weight / flops
 
 
-def test_networks_that_were_counted_before_are_counted_right(monkeypatch):
+def test_networks_that_were_counted_before_are_counted_right():
     """Of data/bench/networks.csv, three rows anew."""
     rows = plans.counted_before()
-    monkeypatch.setattr(plans, "counted_before", dict)
     small = sorted(rows, key=lambda key: rows[key][0])[:3]
     assert len(rows) > 40 and {"resnet34", "xception", "vitc_ti", "vgg16", "densenet121", "inception_v3", "convnext_tiny"} <= {arch for arch, *_ in rows}
     for key in small:
-        assert plans.count_network.__wrapped__(*key) == pytest.approx(rows[key])
+        assert plans.count_anew(*key) == pytest.approx(rows[key])
+
+
+def test_networks_of_the_presets_were_all_counted_before():
+    """A preset that has changed without its networks' numbers makes every dry run import torch and count for seconds."""
+    assert not plans.known_networks() - set(plans.counted_before())
+
+
+def test_a_dry_run_of_mini_does_without_torch(tmp_path):
+    """It reads YAML and JSON, and adds; PyTorch alone takes longer to import than the rest together."""
+    code = "import sys; from bcos_nb.cli import app; app(['run', 'mini', '--dry-run'], standalone_mode=False); sys.exit(sum(name in sys.modules for name in ('torch', 'sklearn', 'scipy')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "Nothing was started" in done.stdout, done.stdout[-500:] + done.stderr[-2000:]
 
 
 def test_a_rate_follows_from_what_a_network_does_elsewhere():

@@ -94,8 +94,14 @@ def count_network(
 
     The last is what tells a ConvNeXt from a ResNet of as many operations: a network of many thin layers is slower than they say.
     """
-    if (known := counted_before().get((arch, b, width, options, side))) is not None:
-        return known
+    known = counted_before().get((arch, b, width, options, side))
+    return known or count_anew(arch, b, width, options, side)
+
+
+def count_anew(
+    arch: str, b: float | None, width: float, options: str, side: int
+) -> tuple[float, int, float]:  # as count_network
+    """The same, by running the network on tensors without content."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -144,22 +150,24 @@ def counted_before() -> dict[tuple, tuple[float, int, float]]:  # arguments of c
 def record_networks(
     path: str | os.PathLike,  # the CSV to write
 ) -> int:                     # how many
-    """Counts the networks of every preset's grid anew, as data/bench/networks.csv has them."""
-    from bcos_nb.batch.presets import load_preset, preset_jobs
-
-    asked = set()
-    for file in sorted(resource_path("data/presets/grids").glob("*.yaml")):
-        for job in preset_jobs(load_preset(file.stem), Path("/bench")):
-            if job.notebook.stem in ("train", "search"):
-                learnt = job.params if job.notebook.stem == "train" else searched(job.params)
-                asked |= {network_key(learnt, side) for side in (learnt["image_size"], (learnt.get("training") or {}).get("crop") or learnt["image_size"])}
+    """Counts the networks of every preset's grid and of data/bench/runs.csv anew, as data/bench/networks.csv has them."""
+    asked = sorted(known_networks(), key=str)
     with Path(path).open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["arch", "b", "width", "options", "side", "flops", "parameters", "weight"])
-        for key in sorted(asked, key=str):
-            arch, b, width, options, side = key
-            table.writerow([arch, "" if b is None else b, width, options, side, *count_network(*key)])
+        for arch, b, width, options, side in asked:
+            table.writerow([arch, "" if b is None else b, width, options, side, *count_anew(arch, b, width, options, side)])
     return len(asked)
+
+
+def known_networks() -> set[tuple]:  # arguments of count_network
+    """The networks of every preset's grid and of data/bench/runs.csv, at the sizes at which they are trained and looked at."""
+    from bcos_nb.batch.presets import load_preset, preset_jobs
+
+    jobs = [job for file in resource_path("data/presets/grids").glob("*.yaml") for job in preset_jobs(load_preset(file.stem), Path("/bench"))]
+    rows = [(job.notebook.stem, job.params) for job in jobs] + [(row["experiment"], json.loads(row["params"])) for row in csv.DictReader(io.StringIO(resource_path("data/bench/runs.csv").read_text(encoding="utf-8")))]
+    learnt = [searched(params) if experiment == "search" else params for experiment, params in rows if experiment in ("train", "search")]
+    return {network_key(params, side) for params in learnt for side in (params["image_size"], (params.get("training") or {}).get("crop"))}
 
 
 def network_key(params: Mapping[str, Any], side: int | None = None) -> tuple:
@@ -333,10 +341,16 @@ def searched(
     params: Mapping[str, Any],  # of a search
 ) -> dict[str, Any]:            # those of its trainings
     """What all trainings of a search have in common."""
-    from bcos_nb.training.search import read_space
-
-    form = read_space()["forms"][params["form"]]
+    form = search_forms()[params["form"]]
     return {**params, "arch_options": {**form["options"], **(params.get("arch_options") or {})}, "training": {**form["training"], **(params.get("training") or {})}}
+
+
+@lru_cache(maxsize=1)
+def search_forms() -> dict[str, dict]:  # options and training of each form of a search
+    """The forms of data/presets/search/study.yaml, read here: `bcos_nb.training`, which reads them too, brings torch, and a dry run takes a third of the time without."""
+    from bcos_nb.batch.presets import read_yaml
+
+    return read_yaml(resource_path("data/presets/search/study.yaml"))["forms"]
 
 
 def trained_by(job: Job, trainings: Mapping[Path, Job]) -> Mapping[str, Any]:  # parameters of a training
@@ -562,7 +576,6 @@ def bench_runs() -> list[tuple[Work, float]]:  # and their seconds
     return done
 
 
-
 def bench_backbones(but: Iterable[str]) -> list[tuple[str, dict, float]]:  # experiment, params, seconds
     """The trainings of data/bench/backbones.csv, which are of the preset mini, except those of some backbones."""
     import pandas as pd
@@ -577,7 +590,6 @@ def bench_backbones(but: Iterable[str]) -> list[tuple[str, dict, float]]:  # exp
     made = {(job.params["arch"], job.params["b"]): job.params for job in reversed(preset_jobs(preset, Path("/bench"), experiments=["train"])) if job.params["data"] == preset["data"]["root"]}
     rows = [(made.get((row.arch, row.b)), row) for row in table.itertuples() if row.arch not in but]
     return [("train", params | {"training": params["training"] | {"epochs": row.epochs}}, 60.0 * row.minutes) for params, row in rows if params]
-
 
 
 def counted_seconds(
