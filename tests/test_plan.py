@@ -2,6 +2,8 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Executor, Future

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MOVED', 'CALLED', 'VIDEOS', 'PASSES', 'GUIDED', 'SEARCHED', 'DEPARTURE_STEPS', 'EXAMPLES', 'BYTES_A_ROW', 'NOTEBOOK',
-           'START', 'FIGURES', 'DECODING', 'EXPERIMENT_COLOURS', 'simulate', 'shortest', 'count_network',
-           'counted_before', 'record_networks', 'network_key', 'network_of', 'counted_network', 'count_frames',
-           'forged_frames', 'count_labels', 'Work', 'explaining', 'work_of', 'searched', 'trained_by', 'grid_work',
-           'Pace', 'with_means', 'stated_pace', 'rates_of', 'measured_pace', 'calibrate', 'timed', 'time_decoding',
-           'bench_pace', 'bench_runs', 'bench_backbones', 'counted_seconds', 'bench_runs_from', 'hindsight', 'Plan',
-           'plan_grid', 'long_clock', 'size', 'by_experiment', 'gantt', 'write_plan']
+           'START', 'FIGURES', 'DECODING', 'EXPERIMENT_COLOURS', 'simulate', 'shortest', 'count_network', 'count_anew',
+           'counted_before', 'record_networks', 'known_networks', 'network_key', 'network_of', 'counted_network',
+           'count_frames', 'forged_frames', 'count_labels', 'Work', 'explaining', 'work_of', 'searched', 'search_forms',
+           'trained_by', 'grid_work', 'Pace', 'with_means', 'stated_pace', 'rates_of', 'measured_pace', 'calibrate',
+           'timed', 'time_decoding', 'bench_pace', 'bench_runs', 'bench_backbones', 'counted_seconds',
+           'bench_runs_from', 'hindsight', 'Plan', 'plan_grid', 'long_clock', 'size', 'by_experiment', 'gantt',
+           'write_plan']
 
 # %% ../../nbs/batch/plan.ipynb #8fcac3d3
 import csv
