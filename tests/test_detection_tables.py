@@ -1,5 +1,6 @@
 """Videos, thresholds and intervals against plain loops; the study's tables against its printed text; what preset `mini` would run."""
 import json
+import shutil
 import time
 
 import numpy as np
@@ -224,6 +225,18 @@ def test_the_very_backbone_goes_before_its_relative(tmp_path):
     put_run(tmp_path, "resnet34", 2.0, "FaceForensics++", [("FaceForensics++", "c23", ())], 0.7, name="z-another-seed")
     one = cell(all_tables(tmp_path), "I", "resnet34", 2.0, "FaceForensics++", "auc")
     assert one.ours == pytest.approx(0.8) and one.run == "resnet34-2.0" and one.others == 2
+
+
+def test_a_guided_training_does_not_stand_for_the_studys(tmp_path):
+    """Its folder comes first by name; the study's networks saw no masks."""
+    for name, guidance, value in (("a-guided", 1.0, 0.9), ("b-free", 0, 0.8), ("c-guided", 0.3, 0.7)):
+        put_run(tmp_path, "resnet34", 2.0, "FaceForensics++", [("FaceForensics++", "c23", ())], value, name=name, training=dict(epochs=4, guidance=guidance))
+    one = cell(all_tables(tmp_path), "I", "resnet34", 2.0, "FaceForensics++", "auc")
+    assert (one.ours, one.run, one.others) == (pytest.approx(0.8), "b-free", 2) and "guided" not in one.stands_for
+    for name in ("detect", "train"):
+        shutil.rmtree(tmp_path / name / "b-free")
+    one = cell(all_tables(tmp_path), "I", "resnet34", 2.0, "FaceForensics++", "auc")
+    assert one.run == "c-guided" and one.stands_for.endswith("4 epochs, guided by masks (λ = 0.3)")
 
 
 def test_runs_from_before_the_intervals_are_read(tmp_path):

@@ -7,11 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bcos_nb.reports.beyond_tables import departure_rows, faithfulness_rows, read_side_tables
+from bcos_nb.reports.claims import OurTables
 from bcos_nb.reports.formats import agreement, plain_frame, table_html, write_table
 from bcos_nb.reports.localization_tables import (
     LOCALIZATION_TABLES, draw_boxes, draw_curves, figure_boxes, figure_curves, localization_table, localization_table_cells, main_rows, measure_cells, method_cells, read_games, seats,
     spread_table,
 )
+from bcos_nb.reports.report_parts import Report
 from bcos_nb.reports.tables import is_control
 from invented_runs import CONSTANT, MASK_AREA, METHODS, POST_HOC, SCENES, game_level, game_samples, game_scores, invent_games, invent_runs, put
 
@@ -266,6 +269,33 @@ def test_what_cannot_be_read_is_named(tmp_path):
     chosen = seats(games).query("game == 'mask'").iloc[0]
     assert chosen.run == "resnet34-b2.5-c23" and chosen.others == 1  # the very backbone before its relative
     assert localization_table(localization_table_cells(games, "III")).groups[0][0].startswith("ResNet-34: ours is")
+
+
+def test_a_guided_training_does_not_stand_for_the_studys(tmp_path):
+    """Its run comes first by name: in the tables, the claims, and in insertion, deletion and distance."""
+    invent_games(tmp_path, backbones={"resnet34": (2.0,)}, pictures=False)
+    name = "resnet34-b2-c23"
+    for experiment in ("train", "mask_game", "grid_game"):
+        shutil.copytree(tmp_path / experiment / name, tmp_path / experiment / "a-guided")
+        params = json.loads((tmp_path / experiment / name / "params.json").read_text())
+        changed = params | (dict(training=dict(epochs=4, guidance=1.0)) if experiment == "train" else dict(detector="../../train/a-guided"))
+        (tmp_path / experiment / "a-guided" / "params.json").write_text(json.dumps(changed))
+    for experiment, tables in (("mask_game", {"scores": "score", "faithfulness": "probability"}), ("grid_game", {"scores": "score", "departure": "score"})):
+        for file, column in tables.items():
+            path = tmp_path / experiment / "a-guided" / f"{file}.parquet"
+            pd.read_parquet(path).assign(**{column: 0.0}).to_parquet(path)
+    sitting = seats(read_games(tmp_path))
+    assert list(sitting["run"]) == [name, name] and list(sitting["others"]) == [1, 1]
+    assert OurTables(tmp_path).score("mask", "resnet34", "bcos", 2.0).value > 0.1
+    assert set(faithfulness_rows(read_side_tables(tmp_path, "faithfulness"))["run"]) == {name}
+    assert departure_rows(read_side_tables(tmp_path, "departure"))["near"].min() > 0.1
+    report = Report(tmp_path)
+    shown = []
+    report.show_figure = lambda name, title, figure, *more: shown.append(figure)
+    report.show = lambda markup: None
+    report.distance()
+    first = next(trace for trace in shown[0].data if trace.name.startswith("B-cos"))
+    assert first.y[0] == pytest.approx(0.61), "the mean of the run without guidance, not of both"
 
 
 def test_runs_from_before_the_scenes_are_read(tmp_path):

@@ -127,5 +127,42 @@ def test_a_page_just_opened_is_printed_whole(page_file, chromium):
     page.close()
 
 
+@pytest.mark.browser
+def test_a_phone_scrolls_figures_instead_of_squeezing_them(page_file, chromium):
+    page = chromium.new_page(viewport={"width": 390, "height": 800})
+    page.goto(page_file.as_uri())
+    page.evaluate("document.querySelectorAll('.plot')[2].scrollIntoView()")
+    page.wait_for_function("document.querySelectorAll('.plot')[2].querySelector('svg')")
+    assert page.evaluate("document.querySelectorAll('.plot')[2].querySelector('svg').getBoundingClientRect().width") >= 700
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.close()
+
+
+@pytest.mark.browser
+def test_paper_is_white_and_wide_enough(tmp_path, chromium):
+    """From a dark desktop: dark letters, and nothing of a table of 18 columns or of a figure's legend beyond the page's edge."""
+    notebook = a_notebook()
+    rows = [("row", [Cell(0.5, 0.41, 0.62, 0.55)] * 18)]
+    wide = table_html(Table("wide", "Table", "", ["AUC", "F1"] * 9, [("ResNet-34", rows)], [(name, 2) for name in "ABCDEFGHI"]))
+    notebook.cells.append(nbformat.v4.new_code_cell("", outputs=[nbformat.v4.new_output("display_data", {"text/html": wide})]))
+    (tmp_path / "page.html").write_text(notebook_page(notebook), encoding="utf-8")
+    page = chromium.new_page(viewport={"width": 1280, "height": 800}, color_scheme="dark")
+    page.goto((tmp_path / "page.html").as_uri())
+    colour = "getComputedStyle(document.querySelector('h1')).color"
+    assert page.evaluate(colour) == "rgb(227, 230, 234)"
+    page.emulate_media(media="print")
+    assert page.evaluate(colour) == "rgb(34, 38, 43)"
+    page.set_viewport_size({"width": 718, "height": 1000})  # an A4 page without its margins, at 96 dpi
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    page.wait_for_function("[...document.querySelectorAll('.plot')].every(place => place.querySelector('svg'))")
+    edges = page.evaluate("['#wide', '.plot svg.main-svg'].map(one => document.querySelector(one).getBoundingClientRect().right)")
+    assert max(edges) <= 718 and min(edges) > 500, edges
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    page.emulate_media(media="screen")
+    page.set_viewport_size({"width": 1280, "height": 800})
+    page.wait_for_function("document.querySelector('.plot svg.main-svg').getBoundingClientRect().width > 900")
+    page.close()
+
+
 def test_nothing_is_fetched(page_file):
     assert not loads_from_network(page_file.read_text(encoding="utf-8"))

@@ -22,32 +22,33 @@ from .departure_figures import departure_means
 from .figures import EXPLAINER_MARKERS, LAYOUT, curve_colour, ordered_curves, short_name
 from .formats import Cell, Table
 from .paper import paper_arch
-from .tables import CONTROLS, arch_name, b_name, explainer_name
+from .tables import CONTROLS, arch_name, b_name, explainer_name, guidance_of
 
 # %% ../../nbs/reports/beyond_tables.ipynb #d5a77d56
 def read_side_tables(
     runs: str | Path,  # folder of runs
     name: str,         # "faithfulness" or "departure"
-) -> pd.DataFrame:  # all of them, with the column run; attrs["missing"]: dicts of experiment, run and reason
+) -> pd.DataFrame:  # all of them, with the columns run and guidance; attrs["missing"]: dicts of experiment, run and reason
     """The tables of one kind beside the scores of complete runs of games."""
     parts, missing = [], []
     for file in sorted(Path(runs).expanduser().glob(f"*_game/*/{name}.parquet")):
         if not (file.parent / "metrics.json").is_file():
             continue
         try:
-            parts.append(pd.read_parquet(file).assign(run=file.parent.name))
+            parts.append(pd.read_parquet(file).assign(run=file.parent.name, guidance=guidance_of(file.parent)))
         except (OSError, ValueError) as error:
             missing.append(dict(experiment=file.parent.parent.name, run=file.parent.name, reason=f"{name}.parquet cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"))
-    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run", "arch", "b", "explainer"])
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run", "guidance", "arch", "b", "explainer"])
     table.attrs = {"missing": missing}
     return table
 
 
 def first_runs(
-    table: pd.DataFrame,  # with run, arch and b
-) -> pd.DataFrame:  # the same, of each backbone and B the first run by name
-    """One run for each detector."""
-    first = table[["arch", "b", "run"]].drop_duplicates().sort_values("run").drop_duplicates(["arch", "b"])
+    table: pd.DataFrame,  # with run, arch, b and, where it is known, guidance
+) -> pd.DataFrame:  # the same, of each backbone and B one run
+    """One run for each detector: the least guided, of several the first by name."""
+    known = [name for name in ("guidance",) if name in table]
+    first = table[["arch", "b", "run", *known]].drop_duplicates().sort_values([*known, "run"]).drop_duplicates(["arch", "b"])
     return table[table["run"].isin(first["run"])]
 
 # %% ../../nbs/reports/beyond_tables.ipynb #e78d2228
@@ -112,10 +113,11 @@ def faithfulness_figure(
             line = rows[rows["curve"] == curve].sort_values("fraction")
             figure.add_scatter(x=line["fraction"], y=line["probability"], name=name, legendgroup=name, showlegend=column == 1, legendrank=400 if kind == 2 else 100 * kind, row=1, col=column,
                                visible="legendonly" if kind == 2 else True, mode="lines+markers",
-                               line=dict(color=curve_colour(explainer, b), width=3 if explainer == "bcos" else 2, dash="dot" if kind == 3 else "solid"),
+                               line=dict(color=curve_colour(explainer, b), width=3 if explainer == "bcos" else 2, dash="dot" if kind == 3 else "dash" if arch != (paper_arch(arch) or arch) else "solid"),
                                marker=dict(symbol=EXPLAINER_MARKERS.get(explainer, "circle"), size=0.1 if kind == 3 else 6),
                                hovertemplate=f"<b>{name}</b><br>%{{x:.0%}} of the pixels: p(fake) %{{y:.3f}}<extra></extra>")
-    figure.update_layout(**{**LAYOUT, "margin": dict(l=60, r=20, t=40, b=50)}, height=440)
+    entries = sum(trace.showlegend for trace in figure.data)
+    figure.update_layout(**{**LAYOUT, "margin": dict(l=60, r=20, t=40, b=50)}, height=min(800, max(440, 100 + 21 * entries)), legend=dict(font_size=12, tracegroupgap=2))
     figure.update_xaxes(title="share of pixels taken away", col=1, range=[-0.02, 1.02])
     figure.update_xaxes(title="share of pixels put back", col=2, range=[-0.02, 1.02])
     figure.update_yaxes(range=[-0.02, 1.02])

@@ -41,7 +41,7 @@ from ..games.statistics import percentile_tail
 from .detection_tables import NAMES, results_of
 from .localization_tables import with_scenes
 from .paper import paper_arch, read_paper
-from .tables import arch_name, b_name, detector_name, explainer_name
+from .tables import arch_name, b_name, detector_name, explainer_name, guidance_of
 
 # %% ../../nbs/reports/claims.ipynb #04fb8bb3
 @dataclass(frozen=True)
@@ -229,8 +229,8 @@ class DetectionRuns:
             about = about.iloc[0]
             if about.train_compression in ("c23", "own"):
                 family = paper_arch(about.arch) or about.arch
-                found.append((about.arch != family, about.run, (NAMES.get(about.train_set, about.train_set), family, plain_b(about.b)), file.parent))
-        self.folders = {key: folder for *_, key, folder in sorted(found, key=lambda one: one[:2], reverse=True)}  # the first overwrites the others
+                found.append((about.arch != family, about.guidance, about.run, (NAMES.get(about.train_set, about.train_set), family, plain_b(about.b)), file.parent))
+        self.folders = {key: folder for *_, key, folder in sorted(found, key=lambda one: one[:3], reverse=True)}  # the first overwrites the others
 
     def metric(self, metric: str, arch: str, b: float | None, test_set: str, compression: str, train_set: str, level: str) -> Estimate:
         """One metric of one detector on one test set, or why there is none."""
@@ -307,7 +307,7 @@ class GameRuns:
         self.scenes = sorted({scene for part in parts for scene in part["scenes"]})
         place = {scene: k for k, scene in enumerate(self.scenes)}
         self.parts = {}
-        for part in sorted(parts, key=lambda part: (part["arch"] != part["family"], part["run"]), reverse=True):
+        for part in sorted(parts, key=lambda part: (part["arch"] != part["family"], part["guidance"], part["run"]), reverse=True):
             self.parts[part["game"], part["family"], part["b"]] = part | {"at": np.array([place[scene] for scene in part["scenes"]], dtype=int)}
 
     def score(self, game: str, arch: str, explainer: str, b: float | None, threshold: float, weighting: str) -> Estimate:
@@ -327,7 +327,7 @@ class GameRuns:
 
 def game_sums(
     folder: Path,  # of a complete run of a game
-) -> dict:  # game, run, arch, family, b, scenes, and sums: (explainer, weighting, threshold) to scores and samples added up by scene
+) -> dict:  # game, run, arch, family, b, guidance, scenes, and sums: (explainer, weighting, threshold) to scores and samples added up by scene
     """What the claims need of one run. Raises ValueError where it is not on the study's dataset."""
     metrics, params = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("metrics.json", "params.json"))
     scores = pd.read_parquet(folder / "scores.parquet", filters=[("weighting", "in", ["weighted", "unweighted"])])
@@ -341,7 +341,7 @@ def game_sums(
     row, names = pd.factorize(rows)
     shape = len(names), len(scenes)
     total, samples = (np.bincount(row * len(scenes) + place, weight, shape[0] * shape[1]).reshape(shape) for weight in (scores["score"].to_numpy(float), np.ones(len(scores))))
-    return dict(game=folder.parent.name.removesuffix("_game"), run=folder.name, arch=arch, family=paper_arch(arch) or arch, b=plain_b(b), scenes=list(scenes),
+    return dict(game=folder.parent.name.removesuffix("_game"), run=folder.name, arch=arch, family=paper_arch(arch) or arch, b=plain_b(b), guidance=guidance_of(folder), scenes=list(scenes),
                 sums={name: (total[k], samples[k]) for k, name in enumerate(names)})
 
 
@@ -1006,7 +1006,7 @@ CLAIMS_STYLE = f"""
 .claims {{ {LIGHT} font-size: 14px; }}
 @media (prefers-color-scheme: dark) {{ :root:not([data-theme="light"]) .claims {{ {DARK} }} }}
 :root[data-theme="dark"] .claims {{ {DARK} }}
-@media print {{ :root .claims, :root[data-theme="dark"] .claims {{ {LIGHT} }} }}
+@media print {{ :root:root:root .claims {{ {LIGHT} }} }}
 """ + """
 .claims .count { display: flex; flex-wrap: wrap; gap: 10px 26px; margin: 6px 0 14px; } .claims .count b { font-size: 21px; margin-right: 6px; }
 .claims h4 { font-size: 13px; letter-spacing: 0.04em; text-transform: uppercase; opacity: 0.7; margin: 26px 0 2px; }

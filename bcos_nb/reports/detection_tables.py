@@ -17,7 +17,7 @@ import pandas as pd
 
 from .formats import Cell, Table, with_agreement
 from .paper import paper_arch, read_paper
-from .tables import METRICS, arch_name, b_name
+from .tables import METRICS, arch_name, b_name, guidance_of
 
 # %% ../../nbs/reports/detection_tables.ipynb #bcd1e9a1
 DETECTION_TABLES = {  # number to what it shows
@@ -43,7 +43,7 @@ def study_rows(
     return rows.assign(compression=rows["compression"].fillna("own"))
 
 # %% ../../nbs/reports/detection_tables.ipynb #81758a7c
-RESULT_COLUMNS = ["run", "arch", "b", "train_set", "train_compression", "stands_for", "dataset", "compression", "method", "level", "threshold", "cut",
+RESULT_COLUMNS = ["run", "arch", "b", "guidance", "train_set", "train_compression", "stands_for", "dataset", "compression", "method", "level", "threshold", "cut",
                   "metric", "value", "low", "high", "frames", "videos"]
 
 
@@ -75,7 +75,7 @@ def result_rows(
     trained = json.loads(training.read_text(encoding="utf-8")) if training.is_file() and params.get("detector") else {}
     found = pd.read_parquet(folder / "results.parquet") if (folder / "results.parquet").is_file() else old_results(metrics, params)
     b = named.get("b")
-    about = dict(run=folder.name, arch=named["arch"], b=math.nan if b is None else float(b), train_set=trained.get("dataset", params.get("dataset", "")),
+    about = dict(run=folder.name, arch=named["arch"], b=math.nan if b is None else float(b), guidance=guidance_of(folder), train_set=trained.get("dataset", params.get("dataset", "")),
                  train_compression=trained.get("compression") or "own", stands_for=described(named["arch"], trained))
     return found.assign(**about if trained else about | {"train_compression": "c23"})
 
@@ -104,9 +104,10 @@ def described(
 ) -> str:  # such as "ResNet-34 at width 0.25 (stem fine), 128 px, 4 epochs"
     """What a detector of ours is, since it stands for one of the study's."""
     options = ", ".join(f"{key} {value}" for key, value in (trained.get("arch_options") or {}).items())
-    width, size, epochs = trained.get("width", 1), trained.get("image_size"), (trained.get("training") or {}).get("epochs")
+    settings = trained.get("training") or {}
+    width, size, epochs, guidance = trained.get("width", 1), trained.get("image_size"), settings.get("epochs"), settings.get("guidance")
     text = arch_name(arch) + (f" at width {width:.3g}" if width != 1 else "") + (f" ({options})" if options else "")
-    return text + (f", {size} px" if size else "") + (f", {epochs} epochs" if epochs else "")
+    return text + (f", {size} px" if size else "") + (f", {epochs} epochs" if epochs else "") + (f", guided by masks (λ = {guidance:g})" if guidance else "")
 
 # %% ../../nbs/reports/detection_tables.ipynb #61466173
 KEY = ["arch", "b", "test_set", "compression", "metric"]
@@ -125,7 +126,8 @@ def our_rows(
                 & ours["compression"].isin([level, "own"]) & ours["test_set"].isin(study["test_set"]) & ours["metric"].isin(study["metric"])]
     # A folder may hold the subset FF-DF itself and, of FaceForensics++, the method; they are the same frames.
     ours = ours.drop_duplicates(["run", "train_set", "stands_for", "test_set", "metric", "level", "threshold"])
-    ours = ours.assign(other=ours["arch"] != ours["family"]).sort_values(["other", "run"], kind="stable")
+    # The very backbone before its relatives, as the study trained before guided by masks, then the first by name.
+    ours = ours.assign(other=ours["arch"] != ours["family"]).sort_values(["other", "guidance", "run"], kind="stable")
     runs = ours[["family", "b", "run"]].drop_duplicates()
     first = runs.drop_duplicates(["family", "b"]).assign(others=runs.groupby(["family", "b"], dropna=False)["run"].transform("size").sub(1))
     ours = ours.merge(first, on=["family", "b", "run"])
@@ -204,7 +206,7 @@ def table_caption(
     text = DETECTION_TABLES[number][0].upper() + DETECTION_TABLES[number][1:] + (f"; {METRICS[metrics.pop()]}" if len(metrics) == 1 else "")
     lacking = cells.groupby(["arch", "b"], dropna=False)["ours"].apply(lambda ours: ours.isna().all()).sum()
     more = cells["others"].max() > 0
-    return text + "." + (f" {lacking} of its rows have no run." if lacking else "") + (" Where several runs could stand in a row, the first is shown, and the others are counted." if more else "")
+    return text + "." + (f" {lacking} of its rows have no run." if lacking else "") + (" Where several runs could stand in a row, as smaller networks or guided trainings, one is shown and the others are counted." if more else "")
 
 
 def all_tables(

@@ -7,7 +7,8 @@ __all__ = ['ORDINARY', 'B_STOPS', 'EXPLAINER_COLOURS', 'EXPLAINER_MARKERS', 'DAR
            'MUTED', 'OUTLINE', 'LAYOUT', 'b_colour', 'curve_colour', 'contrast', 'dark_colour', 'heat_overlay',
            'on_white', 'Tile', 'panel', 'draw_tile', 'figure_png', 'shown_probability', 'row_names', 'need',
            'maps_across_b', 'white_mask', 'post_hoc_panel', 'mask_illustration', 'grid_examples', 'hero_figure',
-           'short_name', 'curve_kind', 'ordered_curves', 'training_curves', 'detection_against_localization']
+           'short_name', 'curve_kind', 'ordered_curves', 'training_names', 'training_curves',
+           'detection_against_localization']
 
 # %% ../../nbs/reports/figures.ipynb #e0388eb9
 import io
@@ -108,7 +109,6 @@ def heat_overlay(
     colours = HEAT[(kept * 255).astype(np.uint8)]
     opacity = np.sqrt(kept)[..., None] * np.float32(0.9)
     return (grey * (1 - opacity) + colours * opacity).astype(np.uint8)
-
 
 
 def on_white(
@@ -361,6 +361,19 @@ def ordered_curves(
     return sorted([curve for curve in curves if curve[0] < 3] + list(controls.values()), key=by_legend)
 
 # %% ../../nbs/reports/figures.ipynb #a0eeb2a1
+def training_names(
+    runs: Runs,
+) -> dict[str, str]:  # run to its name in a legend
+    """Names of trainings: backbone and B, and in what those of the same backbone and B differ, guidance, dataset or, at last, the run."""
+    trained = runs.training.assign(name=[short_name(runs.histories, row.arch, row.b) for row in runs.training.itertuples()])
+    trained = trained.assign(guidance=[f"λ = {(settings or {}).get('guidance') or 0:g}" for settings in trained.get("training", [{}] * len(trained))])
+    for column in ("dataset", "guidance", "run"):
+        if column in trained:
+            twice = trained.groupby("name")["name"].transform("size").gt(1) & trained.groupby("name")[column].transform("nunique").gt(1)
+            trained.loc[twice, "name"] = trained.loc[twice, "name"] + ", " + trained.loc[twice, column].astype(str)
+    return dict(zip(trained["run"], trained["name"]))
+
+
 def training_curves(
     runs: Runs,
 ) -> go.Figure:
@@ -370,13 +383,13 @@ def training_curves(
     dashes = dict(zip(history.arch.unique(), ("solid", "dash", "dot", "dashdot", "longdash")))
     loss = next((name for name in ("train_loss", "loss", "val_loss") if name in history), None)
     columns = {"val_auc": "validation AUC", **({loss: loss.replace("_", " ")} if loss else {})}
-    figure = make_subplots(cols=len(columns), horizontal_spacing=0.09)
+    figure, names = make_subplots(cols=len(columns), horizontal_spacing=0.09), training_names(runs)
     for (run, arch, b), rows in history.groupby(["run", "arch", "b"], dropna=False, sort=False):
         for place, column in enumerate(columns, 1):
-            figure.add_scatter(x=rows.epoch, y=rows[column], name=short_name(history, arch, b), legendgroup=run, showlegend=place == 1,
+            figure.add_scatter(x=rows.epoch, y=rows[column], name=names[run], legendgroup=run, showlegend=place == 1,
                                mode="lines+markers", line=dict(color=b_colour(b), width=2.5, dash=dashes.get(arch, "solid")), marker=dict(size=6), col=place, row=1,
-                               hovertemplate=f"<b>{detector_name(arch, b)}</b><br>epoch %{{x}}: %{{y:.3f}}<extra></extra>")
-    figure.update_layout(**LAYOUT, height=360)
+                               hovertemplate=f"<b>{names[run]}</b><br>epoch %{{x}}: %{{y:.3f}}<extra></extra>")
+    figure.update_layout(**LAYOUT, height=min(900, max(360, 90 + 21 * len(names))), legend=dict(font_size=12, tracegroupgap=2))
     figure.update_xaxes(title="epoch")
     for place, title in enumerate(columns.values(), 1):
         figure.update_yaxes(title=title, col=place, row=1)

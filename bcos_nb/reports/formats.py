@@ -201,7 +201,8 @@ def table_html(
         + "".join(f'<tr><td class="text">{html.escape(name)}</td>{"".join(map(cell_html, cells))}</tr>' for name, cells in rows) for heading, rows in table.groups)
     lines = [max((1 + bool(shown_range(cell)) + (cell.study is not None) for cell in cells), default=1) for _, rows in table.groups for _, cells in rows]
     tall = 60 + 34 * len(table.groups) + 12 * len(lines) + 16 * sum(lines)  # pixels, about: what a browser takes it for until it comes into view
-    return f'<div class="table" style="contain-intrinsic-height: auto {tall}px" tabindex="0"><table id="{table.name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    width = " widest" if len(table.columns) > 12 else " wide" if len(table.columns) > 5 else ""  # on paper these are made smaller
+    return f'<div class="table{width}" style="contain-intrinsic-height: auto {tall}px" tabindex="0"><table id="{table.name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 # %% ../../nbs/reports/formats.ipynb #4437c300
 LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",

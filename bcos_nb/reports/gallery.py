@@ -257,7 +257,7 @@ def explain_grids(
         found.rgba = explain_many(networks[1], images[chosen].to(device), ["bcos"], 1)["bcos"].rgba.cpu().numpy()
         if lime:
             found.maps["lime"] = explained(networks[0], images[chosen], ["lime"], {"lime": {"samples": lime}})["lime"].maps.cpu().numpy()
-    found.rule = (f"Of {len(grids)} grids that both detectors are sure of, those at the lower and the upper quartile of their maps’ mean score"
+    found.rule = (f"Of {len(grids)} grids that both detectors are sure of, those at the lower and the upper quartile of their maps’ mean score are shown"
                   + (f"; LIME with {lime} samples" if "lime" in found.maps else ""))
     return found
 
@@ -679,7 +679,7 @@ class Gallery:
         probability = np.mean([fake_probabilities(one.load(), frames.images).numpy() if scores is None else scores["probability"] for one, scores in zip(self.detectors, known)], axis=0)
         rows = median_frames(frames.catalog, probability)
         some, methods = frames.catalog.iloc[rows], ["real" if row.label == 0 else row.method for row in frames.catalog.iloc[rows].itertuples()]
-        rule = f"Of each method, and of the real videos, the middle frame of that video is shown which has the median of the mean p(fake) of all {len(self.detectors)} detectors"
+        rule = f"Of each method, and of the real videos, one video is shown by its middle frame: the one with the median p(fake), averaged over all {len(self.detectors)} detectors"
         arrays = {"images": frames.images[torch.tensor(rows)].numpy(), "masks": inside_masks(frames.masks[torch.tensor(rows), 0].float() / 255).numpy()}
         return arrays, {"methods": methods, "frames": list(some["frame"]), "rule": rule}
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['LOCALIZATION_TABLES', 'TABLE_GAMES', 'LOCALIZATION_FIGURES', 'SAME_THRICE', 'NOT_LAYERCAM', 'CURVES', 'FURTHER',
            'MEASURE_NAMES', 'PLAYER_COLUMNS', 'PARTS', 'AGAINST', 'CELL_COLUMNS', 'KEY', 'CURVE_COLUMNS', 'CHOSEN',
-           'GROUPS', 'AXES', 'LINES', 'CAPTIONS', 'READING', 'study_scores', 'Games', 'read_games', 'read_game_run',
-           'with_scenes', 'reduce_scores', 'against_controls', 'seats', 'in_main_table', 'explainer_order',
-           'ordered_rows', 'localization_table_cells', 'method_cells', 'measure_cells', 'figure_rows', 'figure_curves',
-           'figure_boxes', 'curve_group', 'curve_name', 'draw_curves', 'draw_boxes', 'row_label', 'heading_of',
-           'game_cells', 'localization_table', 'spread_table', 'main_rows', 'caption_of']
+           'GROUPS', 'AXES', 'LINES', 'STAR', 'CAPTIONS', 'READING', 'study_scores', 'Games', 'read_games',
+           'read_game_run', 'with_scenes', 'reduce_scores', 'against_controls', 'seats', 'in_main_table',
+           'explainer_order', 'ordered_rows', 'localization_table_cells', 'method_cells', 'measure_cells',
+           'figure_rows', 'figure_curves', 'figure_boxes', 'curve_group', 'curve_name', 'draw_curves', 'legend_height',
+           'draw_boxes', 'row_label', 'heading_of', 'game_cells', 'localization_table', 'spread_table', 'main_rows',
+           'caption_of']
 
 # %% ../../nbs/reports/localization_tables.ipynb #96a56cd5
 import html
@@ -30,7 +31,7 @@ from .detection_tables import described
 from .figures import EXPLAINER_MARKERS, LAYOUT, curve_colour
 from .formats import Cell, Table, agreement
 from .paper import paper_arch, read_paper
-from .tables import CONTROLS, EXPLAINER_NAMES, STUDY_EXPLAINERS, arch_name, b_name, explainer_name, is_control, run_state
+from .tables import CONTROLS, EXPLAINER_NAMES, STUDY_EXPLAINERS, arch_name, b_name, explainer_name, guidance_of, is_control, run_state
 
 # %% ../../nbs/reports/localization_tables.ipynb #5690a52d
 LOCALIZATION_TABLES = {  # number to what it shows
@@ -46,7 +47,7 @@ LOCALIZATION_FIGURES = {  # number to game, kind and the study's backbones; thos
     "grid_vit": ("grid", "curves", ("vitc_ti",)), "grid_vit_boxes": ("grid", "boxes", ("vitc_ti",)),
 }
 SAME_THRICE = "Grad-CAM, XGrad-CAM and Grad-CAM++ have the same two numbers here"
-NOT_LAYERCAM = "computed by captum's LayerGradCam, which is a Grad-CAM; ours is LayerCAM (Jiang et al. 2021)"
+NOT_LAYERCAM = "computed by captum’s LayerGradCam, which is a Grad-CAM; ours is LayerCAM (Jiang et al. 2021)"
 
 
 def study_scores(
@@ -64,7 +65,7 @@ CURVES = ("weighted", "unweighted", "specificity")  # measures that are kept at 
 FURTHER = {"soft": 0.0, "strength": 0.0, "hit": 0.0, "iou": 0.5}  # measures beyond the study's, and the threshold at which they are shown
 MEASURE_NAMES = {"weighted": "Weighted", "unweighted": "Unweighted", "specificity": "Specificity", "soft": "Soft mask", "strength": "Strength", "hit": "Hit rate",
                  "iou": "IoU at 0.5"}
-PLAYER_COLUMNS = ["game", "run", "arch", "family", "b", "stands_for", "chance"]
+PLAYER_COLUMNS = ["game", "run", "arch", "family", "b", "guidance", "stands_for", "chance"]
 
 
 @dataclass
@@ -128,7 +129,7 @@ def read_game_run(
     chance = metrics.get("chance") or (params.get("fakes") or 1) / cells if game == "grid" else metrics.get("mask_area", math.nan)
     who = dict(game=game, run=folder.name)
     b = math.nan if scores["b"].isna().iloc[0] else float(scores["b"].iloc[0])
-    player = who | dict(arch=arch, family=paper_arch(arch) or arch, b=b, stands_for=described(arch, trained), chance=float(chance))
+    player = who | dict(arch=arch, family=paper_arch(arch) or arch, b=b, guidance=guidance_of(folder), stands_for=described(arch, trained), chance=float(chance))
     reduced = {name: frame.assign(**who) for name, frame in reduce_scores(with_scenes(scores, folder)).items()}
     return dict(reduced, players=pd.DataFrame([player], columns=PLAYER_COLUMNS))
 
@@ -197,8 +198,8 @@ KEY = ["game", "arch", "b", "explainer", "weighting"]
 def seats(
     games: Games,
 ) -> pd.DataFrame:  # PLAYER_COLUMNS, others, first (of its backbone in its game); arch is the study's, ordinary before B-cos
-    """The run that stands for each backbone and B in each game: the very backbone before its relatives, then the first by name."""
-    players = games.players.assign(other=games.players["arch"] != games.players["family"]).sort_values(["other", "run"], kind="stable")
+    """The run that stands for each backbone and B in each game: the very backbone before its relatives, trained as the study did before guided by masks, then the first by name."""
+    players = games.players.assign(other=games.players["arch"] != games.players["family"]).sort_values(["other", "guidance", "run"], kind="stable")
     key = ["game", "family", "b"]
     count = players.groupby(key, dropna=False)["run"].transform("size").sub(1)
     chosen = players.assign(others=count).drop_duplicates(key).sort_values(["game", "family", "b"], na_position="first", kind="stable")
@@ -249,7 +250,7 @@ def localization_table_cells(
     rows = pd.concat([study[["arch", "b", "explainer"]], ours[["arch", "b", "explainer"]]]).drop_duplicates()
     rows = ordered_rows(rows, study["arch"].unique(), by_detector=table == "XII")
     columns = pd.DataFrame([(game, weighting) for game in TABLE_GAMES[table] for weighting in ("unweighted", "weighted")], columns=["game", "weighting"])
-    cells = rows.merge(columns, how="cross").merge(ours.drop(columns=["family", "first"]), on=KEY, how="left").merge(study, on=KEY, how="left")
+    cells = rows.merge(columns, how="cross").merge(ours.drop(columns=["family", "first", "guidance"]), on=KEY, how="left").merge(study, on=KEY, how="left")
     agree = [agreement(*map(float, row), 4) for row in cells[["ours", "low", "high", "study"]].itertuples(index=False)]
     return cells.assign(table=table, note=cells["note"].fillna(""), agreement=agree)[CELL_COLUMNS]
 
@@ -396,11 +397,19 @@ def draw_curves(
     buttons = [dict(label=MEASURE_NAMES[measure].lower(), method="update", args=[
         {"y": [part[0] for part in changes[measure]], "error_y.array": [part[1] for part in changes[measure]], "error_y.arrayminus": [part[2] for part in changes[measure]],
          "customdata": [part[3] for part in changes[measure]]}, {"yaxis.title.text": AXES[measure][0], "yaxis.range": AXES[measure][1]}]) for measure in measures]
-    figure.update_layout(**{**LAYOUT, "margin": dict(l=60, r=20, t=50, b=50)}, height=560, legend=dict(groupclick="toggleitem", font_size=12, tracegroupgap=6), updatemenus=[dict(
+    figure.update_layout(**{**LAYOUT, "margin": dict(l=60, r=20, t=50, b=50)}, height=legend_height(figure), legend=dict(groupclick="toggleitem", font_size=12, tracegroupgap=6), updatemenus=[dict(
         type="buttons", direction="right", buttons=buttons, x=0, y=1.12, xanchor="left", yanchor="top", showactive=True)])
     figure.update_xaxes(title="threshold: attribution below it is removed", dtick=0.1, range=[-0.02, 1.02])
     figure.update_yaxes(title=AXES[measures[0]][0], range=AXES[measures[0]][1])
     return figure
+
+
+def legend_height(
+    figure: go.Figure,
+) -> int:  # pixels, 560 at least and 800 at most
+    """How tall a figure has to be for its legend to need no scroll bar."""
+    entries = {(trace.legendgroup, trace.name) for trace in figure.data if trace.showlegend is not False}
+    return min(800, max(560, 110 + 19 * len(entries) + 28 * len({group for group, _ in entries})))
 
 
 LINES = {"resnet34": "solid", "xception": "dash", "vitc_ti": "longdashdot"}  # where several backbones share a figure
@@ -520,17 +529,19 @@ def main_rows(
     return order.merge(cells, on=["arch", "b", "explainer"], how="left")
 
 
+STAR = " A star: other than 0 by a permutation test, which few scenes cannot show (see Controls and specificity)."
 CAPTIONS = {
-    "III": "The grid pointing game at threshold 0, with specificity and what is to be beaten.",
-    "IV": "The mask pointing game at threshold 0, with specificity and what is to be beaten.",
+    "III": "The grid pointing game at threshold 0, with specificity and what is to be beaten." + STAR,
+    "IV": "The mask pointing game at threshold 0, with specificity and what is to be beaten." + STAR,
     "XII": "Post-hoc explainers on B-cos networks, both games at threshold 0. The study has ResNet-34 at B = 1.25, and there no LIME.",
-    "methods": "The mask game by forgery method: weighted score and specificity at threshold 0.",
+    "methods": "The mask game by forgery method: weighted score and specificity at threshold 0. Other frames’ regions are of all methods, so that by method even a map that is "
+               "the same everywhere has a specificity: of large masks above 0, of small ones below. Compare with the control rows.",
     "measures": "Measures that the study does not have: with the mask’s soft edges, each pixel weighted by how much the forgery changed it, how often the map’s maximum lies inside "
                 "(all at threshold 0), and overlap with the region at threshold 0.5.",
-    "curves": "Mean score over the threshold, {families}. Grey crosses are the study’s numbers, which it prints at 0. Buttons change the measure; a click in the legend shows or hides a curve.",
+    "curves": "Mean score over the threshold, {families}; vertical lines are 95 % intervals. Crosses are the study’s numbers, which it prints at 0, in the colours of their curves. Buttons change the measure; a click in the legend shows or hides a curve.",
     6: "Mean mask score over the threshold of the B-cos explanation, LayerCAM and LIME on three backbones. Of several B-cos networks, the one with the highest "
-       "weighted score at threshold 0 is shown.",
-    "grid_vit": "The grid game for ViTs over the threshold, explained by sliding windows of one face; the study leaves it open.",
+       "weighted score at threshold 0 is shown. Each backbone has its own kind of line.",
+    "grid_vit": "The grid game for ViTs over the threshold, explained by sliding windows of one face, with 95 % intervals; the study leaves it open.",
     "boxes": "Weighted grid scores at threshold 0, one value a grid, {families}. Box: quartiles and median, the dashed line is the mean; whiskers to 1.5 box widths.",
     "grid_vit_boxes": "The same for ViTs, which the study leaves open.",
 }

@@ -36,7 +36,7 @@ STYLE = f"""
 :root {{ {LIGHT_COLOURS} }}
 @media (prefers-color-scheme: dark) {{ :root:not([data-theme="light"]) {{ {DARK_COLOURS} }} }}
 :root[data-theme="dark"] {{ {DARK_COLOURS} }}
-@media print {{ :root, :root[data-theme="dark"] {{ {LIGHT_COLOURS} }} }}
+@media print {{ :root:root:root {{ {LIGHT_COLOURS} }} }}
 """ + """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -60,13 +60,17 @@ code { font-size: 0.88em; background: var(--tint); border-radius: 4px; padding: 
 figure { margin: 22px 0 34px; scroll-margin-top: 12px; } figure.below { margin: 0 0 34px; }
 figure img { display: block; max-width: 100%; height: auto; border-radius: 6px; }
 figcaption { color: var(--muted); font-size: 14px; line-height: 1.5; max-width: 98ch; margin: 8px 0; } figcaption b { color: var(--ink); }
-.plot { overflow-x: auto; } .plot .updatemenu-item-rect[style*="244, 250, 255"] { fill: var(--within) !important; }
+.scroll { overflow-x: auto; scrollbar-width: thin; } .plot { min-width: 760px; } .plot .updatemenu-item-rect[style*="244, 250, 255"] { fill: var(--within) !important; }
 .note { color: var(--muted); font-size: 14px; }
 .warning { border-left: 3px solid var(--mark); background: var(--warn); padding: 8px 14px; border-radius: 0 6px 6px 0; max-width: 78ch; font-size: 15px; }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--muted); font-size: 14px; }
 footer { color: var(--muted); font-size: 13px; border-top: 1px solid var(--line); margin-top: 60px; padding-top: 12px; }
 @media (max-width: 900px) { .page { display: block; } nav { position: static; max-height: none; padding: 20px 0 0; } }
-@media print { nav { display: none; } .page { display: block; max-width: none; } h2 { break-after: avoid; } figure { break-inside: avoid; } .table { overflow: visible; } }
+@media print {
+  nav { display: none; } .page { display: block; max-width: none; padding: 0; } h2, h3 { break-after: avoid; } figure { break-inside: avoid; } .plot, figure:has(.table) { break-inside: auto; }
+  .scroll { overflow: visible; break-inside: avoid; } .plot { zoom: 0.68; } .table { overflow: visible; } .table tr { break-inside: avoid; }
+  .table.wide table { zoom: 0.7; } .table.widest table { zoom: 0.52; } td, .key, .facts div, .claims svg { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+}
 """ + TABLE_STYLE
 
 # %% ../../nbs/reports/page.ipynb #e35058c7
@@ -83,15 +87,16 @@ SCRIPT = """
     script.textContent = document.getElementById("plotly-source").textContent;
     document.head.appendChild(script);
   }
-  function draw(place, dark) {
-    if (drawn.get(place) === dark) return;
+  function draw(place, dark, width) {
+    if (drawn.get(place) === dark && !width) return;
     ready();
     var text = document.getElementById(place.id + "-data").textContent;
     if (dark) text = text.replace(/#[0-9a-fA-F]{6}\\b/g, function (colour) { return colours[colour.toLowerCase()] || colour; });
     var figure = JSON.parse(text);
     if (dark) figure.layout.hoverlabel = Object.assign({}, figure.layout.hoverlabel, { bgcolor: "#262b31", font: { color: "#e3e6ea", size: 12 } });
-    drawn.set(place, dark);
-    window.Plotly.react(place, figure.data, figure.layout, { displaylogo: false, responsive: true });
+    if (width) figure.layout.width = width;
+    drawn.set(place, width ? "paper" : dark);
+    window.Plotly.react(place, figure.data, figure.layout, { displaylogo: false, responsive: !width });
   }
   var places = Array.prototype.slice.call(document.querySelectorAll(".plot"));
   var watch = new IntersectionObserver(function (entries) {
@@ -104,7 +109,8 @@ SCRIPT = """
   function label() { button.textContent = isDark() ? "Light" : "Dark"; }
   button.addEventListener("click", function () { root.dataset.theme = isDark() ? "light" : "dark"; label(); redraw(); });
   system.addEventListener("change", function () { label(); redraw(); });
-  window.addEventListener("beforeprint", function () { places.forEach(function (place) { draw(place, false); }); });
+  window.addEventListener("beforeprint", function () { places.forEach(function (place) { draw(place, false, 1000); }); });  // 1000 pixels fit a page, see the style's zoom
+  window.addEventListener("afterprint", redraw);
   label();
   var links = {};
   document.querySelectorAll("nav a").forEach(function (link) { links[link.getAttribute("href").slice(1)] = link; });
@@ -134,7 +140,7 @@ def lazy_plots(
             colours |= {colour.lower(): dark_colour(colour) for colour in set(re.findall(r"#[0-9a-fA-F]{6}\b", text)) if colour.lower() not in colours}
             height, name = figure.get("layout", {}).get("height") or 450, f"plot-{found}"
             words = html.escape((output.get("metadata") or {}).get("alt") or "An interactive figure; its caption stands below, its numbers are in the folder figures")
-            output["data"] = {"text/html": f'<div class="plot" id="{name}" role="img" aria-label="{words}" style="min-height: {height}px"></div>'
+            output["data"] = {"text/html": f'<div class="scroll" tabindex="0"><div class="plot" id="{name}" role="img" aria-label="{words}" style="min-height: {height}px"></div></div>'
                                            f'<script type="application/json" id="{name}-data">{text}</script>'}
     return found, colours
 

@@ -25,7 +25,7 @@ import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
 import bcos_nb
-from .beyond_tables import departure_rows, departure_table, faithfulness_figure, faithfulness_rows, faithfulness_table, read_side_tables
+from .beyond_tables import departure_rows, departure_table, faithfulness_figure, faithfulness_rows, faithfulness_table, first_runs, read_side_tables
 from .departure_figures import departure_figure
 from .detection_tables import DETECTION_TABLES, all_tables, detection_table, read_results
 from .figures import detection_against_localization, figure_png, hero_figure, training_curves
@@ -35,7 +35,7 @@ from bcos_nb.reports.localization_tables import (
     method_cells, read_games, spread_table,
 )
 from .paper import paper_arch
-from .search_figures import fragility_table, search_figure
+from .search_figures import fragility_table, in_order, search_figure, search_label
 from .setting_tables import dataset_table, guidance_rows, guidance_table, setting_table
 from .tables import CONTROLS, arch_name, b_name, command_for, detector_name, explainer_name, is_control, load_runs, missing_runs, preset_of_folder, unique_detectors
 
@@ -92,10 +92,10 @@ def detection_sentence(tables: dict[str, pd.DataFrame]) -> str | None:
         return None
     ordinary, bcos = cells[cells["b"].isna()], cells[cells["b"].notna()]
     if bcos.empty:
-        return f"Ordinary networks reach an AUC of {span(ordinary['ours'])} in their own domain at c23."
+        return f"Ordinary networks reach an AUC of {span(ordinary['ours'], '{:.3f}')} in their own domain at c23."
     best = bcos.loc[bcos["ours"].astype(float).idxmax()]
-    beside = f"In their own domain at c23, ordinary networks reach an AUC of {span(ordinary['ours'])}, B-cos networks" if len(ordinary) else "In their own domain at c23, B-cos networks reach an AUC of"
-    return f"{beside} {span(bcos['ours'])}" + (f"; the best of them is {our_detector(best)}." if len(bcos) > 1 else f" ({our_detector(best)}).")
+    beside = f"In their own domain at c23, ordinary networks reach an AUC of {span(ordinary['ours'], '{:.3f}')}, B-cos networks" if len(ordinary) else "In their own domain at c23, B-cos networks reach an AUC of"
+    return f"{beside} {span(bcos['ours'], '{:.3f}')}" + (f"; the best B-cos network is {our_detector(best)}." if len(bcos) > 1 else f" ({our_detector(best)}).")
 
 
 def compression_sentence(tables: dict[str, pd.DataFrame]) -> str | None:
@@ -289,7 +289,8 @@ class Report:
         for family in families:
             figure = self.made(f"Insertion and deletion of {arch_name(family)}", lambda: faithfulness_figure(self.faithfulness, family))
             if figure is not None:
-                self.show_figure(f"figure_faithfulness_{family}", "", figure, f"Mean p(fake) of {arch_name(family)} as each map’s strongest pixels are blurred away, and put back into a blurred frame.",
+                self.show_figure(f"figure_faithfulness_{family}", "", figure, f"Mean p(fake) of {arch_name(family)} as each map’s strongest pixels are blurred away (left), and put back into a blurred frame (right)."
+                                 + (" Dashed: a smaller network of the family." if any(arch != family for arch in rows["arch"] if (paper_arch(arch) or arch) == family) else ""),
                                  rows[[(paper_arch(arch) or arch) == family for arch in rows["arch"]]])
         self.show_table(faithfulness_table(rows))
 
@@ -300,7 +301,7 @@ class Report:
         rows = self.made("Distance from the training distribution", lambda: departure_rows(self.departure))
         if rows is None:
             return
-        table = self.departure.drop(columns="run")
+        table = first_runs(self.departure).drop(columns="run")
         for family in dict.fromkeys(paper_arch(arch) or arch for arch in rows["arch"]):
             some = table[[(paper_arch(arch) or arch) == family for arch in table["arch"]]]
             figure = self.made(f"Distance, {arch_name(family)}", lambda: departure_figure(some, hidden=(2,)))
@@ -313,19 +314,21 @@ class Report:
         """The study's Figure 7."""
         if not self.searches:
             return self.gap("Figure 7", "no hyperparameter search lies in this folder", f"bcos-nb search run {self.root / 'search'} --arch resnet34 --b 1.25")
-        figure = self.made("Figure 7", lambda: search_figure(self.searches))
+        searches = {name: self.searches[name] for name in in_order(self.searches)}
+        figure = self.made("Figure 7", lambda: search_figure(searches))
         if figure is not None:
-            trials = pd.concat([trials.assign(search=name) for name, trials in self.searches.items()], ignore_index=True)
-            share = fragility_table(self.searches)
-            text = "; ".join(f"{html.escape(str(name))}: {row['above 0.8']:.0%} of {row['combinations']:.0f} reach an AUC of 0.8" for name, row in share.iterrows())
-            self.show_figure("figure_7", "Figure 7", figure, f"Hyperparameter searches: each dot is one combination, at the best validation AUC that it reached. {text}.", trials)
+            trials = pd.concat([trials.assign(search=name) for name, trials in searches.items()], ignore_index=True)
+            good = (fragility_table(searches, [0.8])["above 0.8"] * fragility_table(searches)["combinations"]).round().astype(int)
+            text = "; ".join(f"{html.escape(search_label(name))}: {good[name]} of {count}" for name, count in fragility_table(searches)["combinations"].items())
+            self.show_figure("figure_7", "Figure 7", figure, "Hyperparameter searches: each dot is one combination, at the best validation AUC that it reached. "
+                             f"How many combinations reach an AUC above 0.8: {text}.", trials)
 
     def trainings(self) -> None:
         """Training curves."""
         figure = self.made("Training curves", lambda: training_curves(self.found), "train")
         if figure is not None:
             self.show_figure("figure_training", "", figure, "Validation AUC and training loss over epochs. Warm colours are B-cos networks, lighter as B rises; ordinary networks are blue-grey; "
-                             "each backbone has its own kind of line.", self.found.histories)
+                             "each backbone has its own kind of line. Where a backbone and B were trained several times, the legend says in what they differ.", self.found.histories)
 
     def guided(self) -> None:
         """Guided trainings beside those without."""
@@ -384,7 +387,7 @@ class Report:
         named = "; ".join(f"{arch} ({', '.join('B = ' + one if one != 'ordinary' and k == min(i for i, x in enumerate(bs) if x != 'ordinary') else one for k, one in enumerate(bs))})" for arch, bs in by_arch.items())
         hours = done["seconds"].sum() / 3600
         took = f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.0f} minutes"
-        when = f" between {done['began'].min():%Y-%m-%d %H:%M} and {done['ended'].max():%Y-%m-%d %H:%M} UTC; together they took {took}" if done["began"].notna().any() else ""
+        when = f", done between {done['began'].min():%Y-%m-%d %H:%M} and {done['ended'].max():%Y-%m-%d %H:%M} UTC; together they took {took}" if done["began"].notna().any() else ""
         self.show(f'<p class="lead">How well do these detectors find forged faces, what do they look at, and is it the forgery? Trained on {html.escape(datasets)}: {html.escape(named)}.</p>'
                   f'<p class="note">{"Preset <b>" + preset + "</b>: " if preset else ""}{len(done)} of {len(listing)} runs are complete{when}. Report of {datetime.datetime.now():%Y-%m-%d %H:%M}, made by bcos_nb '
                   f"{bcos_nb.__version__} with torch {version('torch').split('+')[0]} and Python {platform.python_version()} on {platform.system()} {platform.machine()} with {os.cpu_count()} CPU cores.</p>"
@@ -416,9 +419,9 @@ class Report:
         counts, shown = agreements(self.tables), [table for table in self.tables if table.title]
         total = sum(counts.values())
         if total:
-            words = ", ".join(f"{count} {name if name in ('higher', 'lower') else name}" for name, count in counts.items())
-            self.show(f'<p>{total} numbers of the study’s have one of ours beside them in the {len(shown)} tables above. Of these, ours is: {words} '
-                      f"(within: the study’s lies in our interval; near: no further than 0.05 away).</p>")
+            words = ", ".join(f"{count} {name}" for name, count in counts.items())
+            self.show(f'<p>In the {len(shown)} tables of the study above, {total} of its numbers have one of ours beside them; a number that it prints twice counts twice. Of these, {words} '
+                      f"(within: the study’s lies in our interval; near: no further than 0.05 from ours; higher, lower: ours is).</p>")
 
     def gallery(self, part: str) -> None:
         """Pictures of maps: "maps" (Figures 1, 8, 9), "grid" (2, 10, 11) or "mask" (3)."""

@@ -97,7 +97,8 @@ def dataset_table(
             pairs = ((row.real, row.real_videos), (row.fake, row.fake_videos), (row.real + row.fake, row.total_videos), (row.methods, row.synthesis_methods),
                      (row.compressions or math.nan, row.perturbations))
             cells = [Cell(number(ours), study=number(theirs)) for ours, theirs in pairs]
-            cells += [Cell(number(row.frames)), Cell(" / ".join(number(getattr(row, split)) for split in SPLITS)), Cell(row.why or f"in {row.data}")]
+            splits = [getattr(row, split) for split in SPLITS]
+            cells += [Cell(number(row.frames)), Cell(" / ".join(map(number, splits)) if row.found else "–"), Cell(row.why or f"in {row.data}")]
             body.append((row.dataset, cells))
         groups += [(heading, body)] if body else []
     return Table("table_V", "Table V", "What the datasets hold, counted in their JSONs: videos (of one compression), forgery methods, compressions; frames of all compressions; videos of the training, "

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXPLAINER_NAMES', 'CONTROLS', 'STUDY_EXPLAINERS', 'METRICS', 'ARCH_NAMES', 'EXPERIMENTS', 'STATES', 'KEYS', 'READERS',
            'MAKES', 'DOES', 'arch_name', 'b_name', 'detector_name', 'explainer_name', 'is_control', 'list_runs',
-           'run_state', 'read_json', 'Examples', 'read_examples', 'example_methods', 'Runs', 'load_runs', 'add_run',
-           'read_train', 'read_detect', 'read_game', 'unique_detectors', 'preset_of_folder', 'command_for',
+           'run_state', 'read_json', 'guidance_of', 'Examples', 'read_examples', 'example_methods', 'Runs', 'load_runs',
+           'add_run', 'read_train', 'read_detect', 'read_game', 'unique_detectors', 'preset_of_folder', 'command_for',
            'missing_runs']
 
 # %% ../../nbs/reports/tables.ipynb #65fe10ca
@@ -127,6 +127,14 @@ def read_json(path: Path) -> dict:
         return content if isinstance(content, dict) else {}
     except (OSError, ValueError):
         return {}
+
+def guidance_of(
+    folder: Path,  # of a training, or of a run that evaluates one
+) -> float:  # λ; 0 without guidance, and where it is not known
+    """How much a detector's training was guided by the masks."""
+    params = read_json(folder / "params.json")
+    trained = read_json(folder / str(params["detector"]) / "params.json") if params.get("detector") else params
+    return float((trained.get("training") or {}).get("guidance") or 0)
 
 # %% ../../nbs/reports/tables.ipynb #24f08b75
 @dataclass
