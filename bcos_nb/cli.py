@@ -370,7 +370,7 @@ def run(
     begin, chosen = time.monotonic(), preset_of(source)
     if chosen:
         forge_missing(planned, chosen, data)
-    write_grid(planned, runs)
+    write_grid(planned, runs, read_jobs(source, out, data)[0] if only or grid in TASKS else ())
     states = grid_states(planned)
     with slots_on(cluster, runs, jobs) as slots:
         left = None if cluster else outlook(planned, states, known_runs(runs), jobs or len(kernel_specs()), count=False)  # the runs come first; --dry-run and status count

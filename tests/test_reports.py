@@ -98,6 +98,27 @@ def test_incomplete_and_broken_runs_are_named_with_their_remedy(folder, tmp_path
     assert not any("grids" in sentence for sentence in report.sentences())
 
 
+def test_what_a_grid_has_besides_is_missing_and_what_it_has_not_is_not(folder, tmp_path, capsys):
+    """The grid asks for two detectors and a search that are not there, and for no grid game of one that is."""
+    copy = tmp_path / "runs" / "demo"
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "grid_game" / "resnet10-b2-c23")
+    there = [path.parent.relative_to(copy).as_posix() for path in sorted(copy.glob("*/*/metrics.json"))]
+    wanted = [*there, *(f"{experiment}/vgg16-{b}-c23" for experiment in ("train", "detect", "mask_game") for b in ("b2", "ordinary")), "search/resnet10-b1.25", "df-tp-ffhq/detect/one"]
+    (copy / "grid.json").write_text(json.dumps([dict(notebook=f"/x/{run.split('/')[-2]}.ipynb", params={}, run=run, after=[], label=run, asked=run in there) for run in wanted]))
+    report, shown = Report(copy), []
+    assert len(report.missing) == 8 and set(report.missing["reason"]) == {"in the grid, not done yet"} and set(report.missing["command"]) == {"bcos-nb run demo"}
+    assert sorted(report.missing["experiment"]) == ["detect"] * 3 + ["mask_game"] * 2 + ["search"] + ["train"] * 2
+    report.show = shown.append
+    report.opening()
+    assert "19 of 27 runs are complete" in shown[0] and "<b>8</b><span>runs are missing" in shown[0]
+    report.table("XI")
+    assert "bcos-nb run demo --only detect,dataset=df-tp-ffhq</code> makes it" in " ".join(shown)
+    (copy / "grid.json").unlink()
+    without = Report(copy)
+    assert list(without.missing["run"]) == ["resnet10-b2-c23"] and "not seen in the grid game" in without.missing["reason"].item()
+
+
 def test_a_run_that_somebody_writes_is_running(folder, tmp_path):
     import os
     import socket
@@ -354,7 +375,7 @@ def test_a_part_that_fails_does_not_take_the_others_with_it(folder, quiet, monke
 
 def test_sentences_are_computed(folder):
     text = " ".join(Report(folder).sentences())
-    assert "an AUC of 0.98, B-cos networks 0.94 to 0.97; the best of them is ResNet-10, B = 1.25" in text and "changes by −0.10 on average" in text
+    assert "an AUC of 0.980, B-cos networks 0.940 to 0.970; the best B-cos network is ResNet-10, B = 1.25" in text and "changes by −0.10 on average" in text
     assert "cover 18% of a frame" in text and "mean mask" in text and "2e-06" in text
 
 
@@ -363,7 +384,7 @@ def test_sentences_are_computed(folder):
 def test_sentences_name_what_was_run_not_what_it_stands_for(stands_for, name):
     cell = {"arch": "resnet34", "b": 2.0, "metric": "auc", "ours": 0.9, "stands_for": stands_for}
     table = pd.DataFrame([cell, cell | {"b": float("nan"), "ours": 0.8}, cell | {"b": 1.25, "ours": 0.7}])
-    assert f"the best of them is {name}, B = 2." in detection_sentence({"I": table})
+    assert f"the best B-cos network is {name}, B = 2." in detection_sentence({"I": table})
     worse = table.assign(ours=[0.85, 0.4, 0.65])
     assert f"most for {name}, ordinary (−0.40)" in compression_sentence({"VII": table, "VIII": worse, "II": table.iloc[:0]})
 

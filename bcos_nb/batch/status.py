@@ -81,13 +81,19 @@ def notebook_seconds(notebook: str, changed: int) -> float | None:  # changed: s
     return ((content.get("metadata") or {}).get("papermill") or {}).get("duration")
 
 # %% ../../nbs/batch/status.ipynb #3fb18481
-def write_grid(jobs: Sequence[Job], runs: str | os.PathLike) -> Path:  # the file
+def write_grid(
+    jobs: Sequence[Job],        # asked for now
+    runs: str | os.PathLike,    # their folder
+    whole: Sequence[Job] = (),  # the grid that they are a part of: a report says what of it is missing
+) -> Path:                      # the file
     """Notes what is asked for in a folder of runs."""
     runs = Path(runs).resolve()
     runs.mkdir(parents=True, exist_ok=True)
     inside = lambda folder: Path(os.path.relpath(folder, runs)).as_posix()
+    asked = {job.run_dir for job in jobs}
     return write_json(runs / "grid.json", [
-        {"notebook": str(job.notebook), "params": job.params, "run": inside(job.run_dir), "after": list(map(inside, job.after)), "label": job.label} for job in jobs
+        {"notebook": str(job.notebook), "params": job.params, "run": inside(job.run_dir), "after": list(map(inside, job.after)), "label": job.label, "asked": job.run_dir in asked}
+        for job in [*jobs, *(job for job in whole if job.run_dir not in asked)]
     ])
 
 
@@ -95,6 +101,7 @@ def read_grid(runs: str | os.PathLike) -> list[Job]:
     """What was asked for in a folder of runs, and what else lies there."""
     runs = Path(runs).resolve()
     rows = read_json(runs / "grid.json") or []
+    rows = [row for row in rows if row.get("asked", True)]
     jobs = [Job(Path(row["notebook"]), row["params"], (runs / row["run"]).resolve(), [(runs / folder).resolve() for folder in row["after"]], row["label"]) for row in rows]
     known = {job.run_dir for job in jobs}
     return jobs + [job for job in found_runs(runs) if job.run_dir not in known]

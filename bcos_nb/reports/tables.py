@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXPLAINER_NAMES', 'CONTROLS', 'STUDY_EXPLAINERS', 'METRICS', 'ARCH_NAMES', 'EXPERIMENTS', 'STATES', 'KEYS', 'READERS',
-           'MAKES', 'DOES', 'arch_name', 'b_name', 'detector_name', 'explainer_name', 'is_control', 'list_runs',
-           'run_state', 'read_json', 'guidance_of', 'Examples', 'read_examples', 'example_methods', 'Runs', 'load_runs',
-           'add_run', 'read_train', 'read_detect', 'read_game', 'unique_detectors', 'preset_of_folder', 'command_for',
-           'missing_runs']
+           'MAKES', 'NOT_YET', 'DOES', 'arch_name', 'b_name', 'detector_name', 'explainer_name', 'is_control',
+           'list_runs', 'run_state', 'read_json', 'guidance_of', 'Examples', 'read_examples', 'example_methods', 'Runs',
+           'load_runs', 'add_run', 'read_train', 'read_detect', 'read_game', 'unique_detectors', 'preset_of_folder',
+           'asked_runs', 'command_for', 'missing_runs']
 
 # %% ../../nbs/reports/tables.ipynb #65fe10ca
 import html
@@ -291,6 +291,7 @@ def unique_detectors(
 
 # %% ../../nbs/reports/tables.ipynb #56ba931d
 MAKES = {"train": "run {} --only train", "controls": "run games --preset {}", "detect": "run {} --only detect", "mask_game": "run {} --only mask_game", "grid_game": "run {} --only grid_game"}
+NOT_YET = "in the grid, not done yet"
 DOES = {"detect": "scored on a test split", "mask_game": "seen in the mask game", "grid_game": "seen in the grid game"}
 
 
@@ -307,28 +308,45 @@ def preset_of_folder(
     return None
 
 
+def asked_runs(
+    root: Path,  # folder of runs
+) -> pd.DataFrame:  # experiment, run, folder, complete; a row for each run of the grid, empty where the folder does not say what is to be in it
+    """What a folder's grid.json says is to be done, by the last `bcos-nb run`; also what was left out by its --only."""
+    try:
+        rows = json.loads((root / "grid.json").read_text(encoding="utf-8"))
+        found = [(Path(row["notebook"]).stem, root / row["run"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = []
+    return pd.DataFrame([(experiment, folder.name, folder, (folder / "metrics.json").is_file()) for experiment, folder in found], columns=["experiment", "run", "folder", "complete"])
+
+
 def command_for(
     root: Path,
-    experiment: str,  # of EXPERIMENTS
+    experiment: str | None = None,  # of EXPERIMENTS, or a part of one: detect,dataset=df-tp-ffhq; None: all
     failed: bool = False,  # whether it has been tried and failed: then it is left alone unless one asks
 ) -> str:
     """The command that does a folder's missing runs of one kind."""
     preset, root = preset_of_folder(root), root.resolve()
     usual = preset is not None and root.parent.name == "runs"
-    return f"bcos-nb {MAKES[experiment].format(preset or 'PRESET')}" + ("" if usual else f" --out {root}") + (" --retry-failed" if failed else "")
+    kind, comma, part = (experiment or "").partition(",")
+    return f"bcos-nb {(MAKES[kind] if kind else 'run {}').format(preset or 'PRESET')}{comma}{part}" + ("" if usual else f" --out {root}") + (" --retry-failed" if failed else "")
 
 
 def missing_runs(
     found: Runs,
     more: pd.DataFrame | None = None,  # experiment, run, reason of what tables could not read
 ) -> pd.DataFrame:  # experiment, run, reason, command
-    """What is missing: runs that are not complete or cannot be read, and detectors that were not asked everything."""
+    """What is missing: runs that are not complete or cannot be read, and those that the folder's grid has besides; where it has none, whatever a detector was not asked."""
     rows = found.missing.to_dict("records") + ([] if more is None else more.to_dict("records"))
     listing = found.listing[found.listing["experiment"].isin(DOES)]
     params = {row.folder: read_json(row.folder / "params.json") for row in listing.itertuples()}
     named = {(folder.parent.parent, folder.parent.name, str(one.get("detector") or "").rsplit("/", 1)[-1]) for folder, one in params.items()}
     alike = {(folder.parent.parent, folder.parent.name, one.get("arch"), one.get("b")) for folder, one in params.items() if not one.get("detector")}
-    for row in found.training.itertuples():
+    asked = asked_runs(found.root)
+    known = {row.folder.resolve() for row in found.listing.itertuples()}
+    rest = asked[~asked["complete"].astype(bool) & ~asked["folder"].map(Path.resolve).isin(known).astype(bool)]
+    rows += [{"experiment": row.experiment, "run": row.run, "reason": NOT_YET} for row in rest.itertuples()]
+    for row in found.training.itertuples() if asked.empty else ():
         home, b = row.folder.parent.parent, None if math.isnan(row.b) else row.b
         for experiment in DOES if home == found.root else ("detect",):
             if (home, experiment, row.run) not in named and (home, experiment, row.arch, b) not in alike:
@@ -337,4 +355,9 @@ def missing_runs(
         rows.append({"experiment": "train", "run": "all", "reason": "no training is complete"})
     table = pd.DataFrame(rows, columns=["experiment", "run", "reason"]).drop_duplicates(["experiment", "run"], ignore_index=True)
     failed = set(found.listing.loc[found.listing["status"] == "failed", ["experiment", "run"]].itertuples(index=False, name=None))
-    return table.assign(command=["bcos-nb search status" if row.experiment not in MAKES else command_for(found.root, row.experiment, (row.experiment, row.run) in failed) for row in table.itertuples()])
+    def remedy(row):
+        if row.reason == NOT_YET:
+            return command_for(found.root)
+        return command_for(found.root, row.experiment, (row.experiment, row.run) in failed) if row.experiment in MAKES else "bcos-nb search status"
+
+    return table.assign(command=[remedy(row) for row in table.itertuples()])
