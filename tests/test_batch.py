@@ -1,4 +1,5 @@
 """Runs and grids of runs: names, locks, completeness, and what is left when something is killed."""
+import errno
 import itertools
 import json
 import os
@@ -50,6 +51,36 @@ def wait_until(condition, seconds=30.0):
 
 def metrics_of(folder):
     return {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/metrics.json")}
+
+
+def test_a_full_disk_is_told_with_what_to_do(tmp_path, monkeypatch):
+    """As the system tells it: once while the notebook runs, once while the lock is written."""
+    from bcos_nb.batch import execution
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for name in ("execute_into", "lock_run"):
+        with monkeypatch.context() as patch:
+            patch.setattr(execution, name, lambda *_: (_ for _ in ()).throw(full))
+            told = execution.run_notebook(dict(notebook="x.ipynb", params={}, run_dir=str(tmp_path / name), kernel=KERNEL))
+        assert told["status"] == "failed" and "Make room, or give --out a folder on another disk" in told["error"] and name in told["error"]
+    assert not (tmp_path / "execute_into" / "lock").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_runs(tmp_path):
+    from bcos_nb.batch.status import write_grid
+
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match="Runs cannot be written to .*file/runs: Not a directory. Give --out"):
+        write_grid([], tmp_path / "file" / "runs")
+
+
+def test_a_part_of_a_grid_remembers_the_whole(notebook, tmp_path):
+    from bcos_nb.batch.status import read_grid, write_grid
+
+    jobs = plan_jobs(notebook, {"b": [1, 2, 3]}, tmp_path / "runs" / "small")
+    content = json.loads(write_grid(jobs[1:2], tmp_path / "runs", jobs).read_text())
+    assert [row["asked"] for row in content] == [True, False, False] and len({row["run"] for row in content}) == 3
+    assert [job.run_dir for job in read_grid(tmp_path / "runs")] == [jobs[1].run_dir], "a status shows what was asked for"
 
 
 # Names and grids

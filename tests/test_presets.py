@@ -75,6 +75,30 @@ def test_what_is_not_there_is_answered_with_what_is(wrong, words):
         preset(**wrong)
 
 
+@pytest.mark.parametrize("change,words", [
+    ({"detectors": {"arch": "resnet43", "b": 2}}, "resnet43 is no backbone. Did you mean resnet34.*vitc_ti"), ({"games": {"explainers": ["gradcamm"]}}, "gradcamm is no explainer. Did you mean gradcam"),
+    ({"games": {"mask": {"explainers": ["bcos", "limes"]}}}, "limes is no explainer"), ({"training": {"learning_rate": 1}}, "learning_rate is no training setting.*weight_decay"),
+    ({"training": {"bcos": {"lrr": 1}}}, "lrr is no training setting"), ({"detectors": {"arch": "resnet10", "training": {"epoch": 2}}}, "epoch is no training setting. Did you mean epochs"),
+    ({"detectors": {"arch": "resnet10", "product": {"training.sed": [0, 1]}}}, "sed is no training setting"), ({"search": [{"arch": "resnet11", "b": 2}]}, "resnet11 is no backbone"),
+    ({"detectors": {"arch": "resnet10", "b": -1}}, "b is -1. The exponent"), ({"detectors": {"arch": "resnet10", "b": [None, "two"]}}, "b is 'two'"), ({"search": [{"b": True}]}, "b is True"),
+])
+def test_a_name_that_nobody_knows_is_refused_before_anything_is_trained(tmp_path, change, words):
+    content = {"data": {"root": "data"}, "detectors": {"arch": "resnet10", "b": [None, 1.5, 2]}, "training": {"epochs": 1, "lr": 0.1}, "games": {"explainers": ["bcos", "rise", "saliency"]}}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(content))
+    assert load_preset(path)["detectors"]["arch"] == "resnet10"
+    path.write_text(yaml.safe_dump(content | change))
+    with pytest.raises(ValueError, match=words):
+        load_preset(path)
+
+
+def test_a_yaml_error_names_the_place(tmp_path):
+    (tmp_path / "mine.yaml").write_text("name: x\ndata: {root: data\ndetectors: [")
+    with pytest.raises(ValueError, match=r"mine.yaml is not YAML: while parsing a flow mapping line 2, column 7.*Correct it there") as told:
+        load_preset(tmp_path / "mine.yaml")
+    assert "unicode string" not in str(told.value)
+
+
 def test_a_grid_takes_options_and_training_from_a_detector_preset():
     entry = {"arch": ["resnet34", "vitc_ti"], "b": [1.25], "preset": "study", "options": {"width": 0.25}, "training": {"epochs": 2}}
     rows = {row["arch"]: row for row in detector_rows({"detectors": entry})}

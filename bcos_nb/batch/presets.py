@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'GAMES', 'TEST_SET', 'EVALUATIONS', 'EXPERIMENTS', 'PLACES', 'UNSET', 'preset_names', 'load_preset',
-           'read_yaml', 'listed', 'check_names', 'check_experiments', 'value_of', 'fits', 'there_is', 'without', 'only',
-           'with_needs', 'multiplied', 'detector_rows', 'preset_jobs', 'search_jobs', 'once', 'notebook_of',
-           'preset_datasets']
+           'read_yaml', 'listed', 'check_names', 'check_experiments', 'names_of', 'names_in_grids', 'check_registered',
+           'value_of', 'fits', 'there_is', 'without', 'only', 'with_needs', 'multiplied', 'detector_rows',
+           'preset_jobs', 'search_jobs', 'once', 'notebook_of', 'preset_datasets']
 
 # %% ../../nbs/batch/presets.ipynb #b6aa515e
+import difflib
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,8 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}. Correct it there.") from None
+        where = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise ValueError(f"{path} is not YAML: {where}. Correct it there.") from None
 
 
 def listed(value: Any) -> list:
@@ -106,6 +109,7 @@ def check_names(content: Mapping[str, Any], path: Path) -> None:
         if not all(key in entry for entry in listed(entries)):
             raise ValueError(f"{path} lacks {key} in its section {section}. See data/presets/grids/demo.yaml for a complete preset.")
     check_experiments(content, path)
+    check_registered(content, path)
 
 
 def check_experiments(content: Mapping[str, Any], path: Path) -> None:
@@ -116,6 +120,9 @@ def check_experiments(content: Mapping[str, Any], path: Path) -> None:
         if unknown or names == []:
             raise ValueError(f"{path}, {where}: {', '.join(unknown) or 'an empty list'} is no experiment. There are {', '.join(EXPERIMENTS)}.")
     for where, entry in entries:
+        for b in listed(entry.get("b")):
+            if b is not None and (isinstance(b, bool) or not isinstance(b, (int, float)) or not 1 <= b < float("inf")):
+                raise ValueError(f"{path}, {where}: b is {b!r}. The exponent of a B-cos network is a number of at least 1; null is the ordinary network.")
         empty = [key for key in ("arch", "b") if entry.get(key) == []]
         for key, values in (entry.get("product") or {}).items():
             if key.partition(".")[0] not in ("options", "training", "data") or not key.partition(".")[2]:
@@ -125,6 +132,48 @@ def check_experiments(content: Mapping[str, Any], path: Path) -> None:
             raise ValueError(f"{path}, {where}: {', '.join(empty)} has no values, so the entry makes no detector. Give a list of at least one, or take the entry out.")
     if "search" in listed(content.get("experiments") or []) and not content.get("search"):
         raise ValueError(f"{path} asks for the experiment search, and has no section search that says what to search. Add one: search: [{{arch: resnet10, b: 1.25, trials: 8}}].")
+
+def names_of(content: Mapping[str, Any]) -> dict[str, set[str]]:  # "backbone", "explainer" and "training setting" to names
+    """The names in a preset that something else in the project has to know."""
+    detectors, searches, games = listed(content.get("detectors") or {}), listed(content.get("search") or []), content.get("games") or {}
+    settings = [content.get("training") or {}, *(entry.get("training") or {} for entry in (*detectors, *searches))]
+    settings += [one[form] or {} for one in settings for form in ("ordinary", "bcos") if form in one]
+    products = {key.partition(".")[2] for entry in detectors for key in entry.get("product") or {} if key.startswith("training.")}
+    return {
+        "backbone": {str(arch) for entry in (*detectors, *searches) for arch in listed(entry.get("arch", "resnet10"))},
+        "explainer": {str(name) for part in (games, *(games.get(game) or {} for game in GAMES)) for name in listed(part.get("explainers") or [])},
+        "training setting": {str(key) for one in settings for key in one} | products,
+    }
+
+
+@lru_cache(maxsize=1)
+def names_in_grids() -> dict[str, set[str]]:  # as `names_of`
+    """What the project's own grids name, which is known without asking."""
+    found = [names_of(yaml.safe_load(path.read_text(encoding="utf-8"))) for path in resource_path("data/presets/grids").glob("*.yaml")]
+    return {kind: set().union(*(one[kind] for one in found)) for kind in ("backbone", "explainer", "training setting")}
+
+
+def check_registered(content: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError for a backbone, an explainer or a training setting that there is not, before hours are spent. Names that the project's own grids have cost no import of PyTorch."""
+    for kind, names in names_of(content).items():
+        unsure = names - names_in_grids()[kind]
+        if not unsure:
+            continue
+        if kind == "backbone":
+            from bcos_nb.models import list_detectors
+
+            known = set(list_detectors())
+        elif kind == "explainer":
+            from bcos_nb.explainers import EXPLAINERS
+
+            known = set(EXPLAINERS)
+        else:
+            from bcos_nb.training import FitConfig
+
+            known = {*FitConfig.__dataclass_fields__, "compression", "processes", "ordinary", "bcos"}
+        if unknown := sorted(unsure - known):
+            near = difflib.get_close_matches(unknown[0], known, 1)
+            raise ValueError(f"{path}: {', '.join(unknown)} is no {kind}." + (f" Did you mean {near[0]}?" if near else "") + f" There are {', '.join(sorted(known))}.")
 
 # %% ../../nbs/batch/presets.ipynb #4ec15d19
 UNSET = object()

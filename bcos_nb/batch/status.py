@@ -86,15 +86,17 @@ def write_grid(
     runs: str | os.PathLike,    # their folder
     whole: Sequence[Job] = (),  # the grid that they are a part of: a report says what of it is missing
 ) -> Path:                      # the file
-    """Notes what is asked for in a folder of runs."""
+    """Notes what is asked for in a folder of runs. Raises OSError, saying what to do, where it cannot be written to."""
     runs = Path(runs).resolve()
-    runs.mkdir(parents=True, exist_ok=True)
     inside = lambda folder: Path(os.path.relpath(folder, runs)).as_posix()
     asked = {job.run_dir for job in jobs}
-    return write_json(runs / "grid.json", [
-        {"notebook": str(job.notebook), "params": job.params, "run": inside(job.run_dir), "after": list(map(inside, job.after)), "label": job.label, "asked": job.run_dir in asked}
-        for job in [*jobs, *(job for job in whole if job.run_dir not in asked)]
-    ])
+    rows = [{"notebook": str(job.notebook), "params": job.params, "run": inside(job.run_dir), "after": list(map(inside, job.after)), "label": job.label, "asked": job.run_dir in asked}
+            for job in [*jobs, *(job for job in whole if job.run_dir not in asked)]]
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        return write_json(runs / "grid.json", rows)
+    except OSError as fault:
+        raise OSError(f"Runs cannot be written to {runs}: {fault.strerror or fault}. Give --out a folder that you may write to, on a disk with space left.") from None
 
 
 def read_grid(runs: str | os.PathLike) -> list[Job]:
