@@ -148,6 +148,16 @@ def test_controls_are_differences_of_the_same_samples(folder, games):
 
 # ---- figures
 
+def test_an_empty_map_of_a_control_detector_is_nothing_to_be_better_than(tmp_path):
+    """It scores 0, less than a map that is the same everywhere: the lead over it would be the whole score."""
+    samples = game_samples("mask")
+    scores = game_scores("mask", "resnet34", 2.0, ("bcos", "gradcam", "bcos, random weights", "gradcam, random weights", "mean mask"), samples, thresholds=(0.0,))
+    scores.loc[scores["explainer"] == "bcos, random weights", "score"] = 0.0
+    put(tmp_path / "mask_game" / "one", dict(arch="resnet34", b=2.0), dict(arch="resnet34", b=2.0, mask_area=MASK_AREA), {"scores": scores, "samples": samples})
+    against = read_games(tmp_path).against.set_index(["explainer", "control"])
+    assert ("bcos", "random weights") not in against.index and {("gradcam", "random weights"), ("bcos", "mean mask")} <= set(against.index)
+
+
 def test_curves(folder, games):
     curves = figure_curves(games, 14)
     scores = scores_of(folder, "mask", "resnet34-ordinary-c23")

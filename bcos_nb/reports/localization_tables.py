@@ -177,13 +177,14 @@ AGAINST = ("mean mask", "random weights", "shuffled labels")  # what an explaine
 def against_controls(
     scores: pd.DataFrame,  # of one run, one measure and one threshold, with scene
 ) -> pd.DataFrame:  # explainer, control, difference, low, high, p, p_corrected (Holm, for all of the run)
-    """How far each explainer's mean lies above the mean mask's, and above its own on control detectors; tested scene by scene."""
+    """How far each explainer's mean lies above the mean mask's, and above its own on control detectors; tested scene by scene. A control detector whose maps are all empty, which score 0, is no comparison and is left out."""
     names, columns = list(scores["explainer"].unique()), ["explainer", "control", "difference", "low", "high", "p", "p_corrected"]
     pairs = [(name, control, there) for name in names if not is_control(name) for control in AGAINST
              for there in [control if control in CONTROLS else f"{name}, {control}"] if there in names]
+    of = {name: rows for name, rows in scores.groupby("explainer", observed=True)}
+    pairs = [pair for pair in pairs if of[pair[2]]["score"].max() > 0]
     if not pairs:
         return pd.DataFrame(columns=columns)
-    of = {name: rows for name, rows in scores.groupby("explainer", observed=True)}
     sides = pd.concat([of[side].assign(explainer=name, control=control, side=told) for name, control, there in pairs for side, told in ((name, "own"), (there, "control"))])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of few scenes, whose p stays above 0.05 and gets no star
@@ -563,5 +564,6 @@ at the frame can score high; its specificity is 0. What counts as knowledge of t
 <li><b>Controls</b> are to be beaten before a score means something: a uniform map, the mean mask of the training split as everybody’s map, a centre prior, edges of the image; and the same
 explainer on a detector with random weights or trained on shuffled labels. An explainer that does as well on those does not show what this detector has learnt. A star: the difference is
 other than 0 in a paired permutation test by scene, p&nbsp;&lt;&nbsp;0.05 after Holm’s correction for all such differences of the run. Where a
-run has few scenes no p can be so small, whatever the difference: with 7 scenes none is below 0.016 before the correction. Pointing at a cell shows its p, or how many scenes there are.</li>
+run has few scenes no p can be so small, whatever the difference: with 7 scenes none is below 0.016 before the correction. Pointing at a cell shows its p, or how many scenes there are.
+A dash: not asked, or the control detector’s maps are empty, as those of a network with random weights may be whose signal dies out.</li>
 </ul>"""

@@ -66,6 +66,7 @@ figcaption { color: var(--muted); font-size: 14px; line-height: 1.5; max-width: 
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--muted); font-size: 14px; }
 footer { color: var(--muted); font-size: 13px; border-top: 1px solid var(--line); margin-top: 60px; padding-top: 12px; }
 @media (max-width: 900px) { .page { display: block; } nav { position: static; max-height: none; padding: 20px 0 0; } }
+@page { margin: 14mm 12mm; }
 @media print {
   nav { display: none; } .page { display: block; max-width: none; padding: 0; } h2, h3 { break-after: avoid; } figure { break-inside: avoid; } .plot, figure:has(.table) { break-inside: auto; }
   .scroll { overflow: visible; break-inside: avoid; } .plot { zoom: 0.68; } .table { overflow: visible; } .table tr { break-inside: avoid; }
