@@ -682,7 +682,7 @@ class Plan:
             named = sorted({f"{experiment} of {'B-cos' if bcos else 'ordinary'} {arch}" for experiment, arch, bcos in self.pace.guessed})
             notes.append(f"Not measured themselves, taken from what is most like them: {', '.join(named[:4])}{f' and {len(named) - 4} more' if len(named) > 4 else ''}.")
         if (self.table["experiment"] == "search").any():
-            notes.append(f"A search is one run; {SEARCHED:.0%} of its epochs are taken to happen, the rest ended early by Hyperband.")
+            notes.append(f"A search is one run; {SEARCHED:.0%} of its epochs are taken to happen, the rest ended early by Hyperband. Others can share it meanwhile: bcos-nb search run, in as many shells or machines as there are GPUs free.")
         return notes
 
 
