@@ -367,7 +367,7 @@ def test_networks_of_the_presets_were_all_counted_before():
 
 def test_a_dry_run_of_mini_does_without_torch(tmp_path):
     """It reads YAML and JSON, and adds; PyTorch alone takes longer to import than the rest together."""
-    code = "import sys; from bcos_nb.cli import app; app(['run', 'mini', '--dry-run'], standalone_mode=False); sys.exit(sum(name in sys.modules for name in ('torch', 'sklearn', 'scipy')))"
+    code = "import sys; from bcos_nb.cli import app; app(['run', 'mini', '--dry-run'], standalone_mode=False); sys.exit(sum(name in sys.modules for name in ('torch', 'torchvision', 'sklearn')))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "Nothing was started" in done.stdout, done.stdout[-500:] + done.stderr[-2000:]
 
