@@ -119,7 +119,7 @@ def mask_sentence(four: pd.DataFrame) -> str | None:
     if rows.empty:
         return None
     best, area = rows.loc[rows["ours"].astype(float).idxmax()], rows["chance"].astype(float).mean()
-    post = four[(four["weighting"] == "weighted") & four["ours"].notna() & (four["explainer"] != "bcos") & ~four["explainer"].map(is_control)]
+    post = four[(four["weighting"] == "weighted") & four["ours"].notna() & (four["explainer"] != "bcos") & ~four["explainer"].map(is_control).astype(bool)]
     other = post.loc[post["ours"].astype(float).idxmax()] if len(post) else None
     return (f"The masks cover {area:.0%} of a frame. B-cos maps put {span(rows['ours'])} of their mass there ({span(rows['ours'] / area, '{:.1f}')} times the area), most of all "
             f"{our_detector(best)}" + (f"; the best post-hoc map is {explainer_name(other['explainer'])} on {our_detector(other)} with {other['ours']:.2f}." if other is not None else "."))
@@ -128,7 +128,7 @@ def mask_sentence(four: pd.DataFrame) -> str | None:
 def control_sentence(four: pd.DataFrame) -> str | None:
     """Whether the maps know more than where faces usually are."""
     rows = four.query("weighting == 'weighted'").dropna(subset="ours")
-    control, real = rows[rows["explainer"] == "mean mask"], rows[~rows["explainer"].map(is_control)]
+    control, real = rows[rows["explainer"] == "mean mask"], rows[~rows["explainer"].map(is_control).astype(bool)]
     if control.empty or real.empty:
         return None
     level, above = control["ours"].astype(float).mean(), real[real["ours"] > control["ours"].astype(float).mean()]
@@ -140,7 +140,7 @@ def control_sentence(four: pd.DataFrame) -> str | None:
 
 def grid_sentence(three: pd.DataFrame) -> str | None:
     """Whether the maps find the fake among real faces."""
-    rows = three[(three["weighting"] == "weighted") & three["ours"].notna() & ~three["explainer"].map(is_control)]
+    rows = three[(three["weighting"] == "weighted") & three["ours"].notna() & ~three["explainer"].map(is_control).astype(bool)]
     if rows.empty:
         return None
     best, ours = rows.loc[rows["ours"].astype(float).idxmax()], rows[rows["explainer"] == "bcos"]["ours"]
@@ -259,7 +259,7 @@ class Report:
                 there = any("df-tp-ffhq" in folder.parts for folder in asked_runs(self.root)["folder"])
                 experiment = "detect,dataset=df-tp-ffhq" if there else "bcos-nb run mini --only detect,dataset=df-tp-ffhq"
             if not self.detection:
-                return self.gap(f"Table {number}", f"no detection run is complete, so there is nothing of {DETECTION_TABLES[number]}", experiment)
+                return self.gap(f"Table {number}", f"no detection run is complete ({DETECTION_TABLES[number]})", experiment)
         elif number in LOCALIZATION_TABLES:
             make, experiment = (lambda: localization_table(self.localization[number], self.games.against)), "grid_game" if number == "III" else "mask_game"
         else:
