@@ -414,9 +414,11 @@ def status(
 
     try:
         with Live(view, console=console, auto_refresh=False) as live:
-            while going:
+            quiet = 0
+            while quiet < 3:  # looks: between two runs there is none for a moment
                 time.sleep(2)
                 going, view = look()
+                quiet = 0 if going else quiet + 1
                 live.update(view, refresh=True)
     except KeyboardInterrupt:
         return

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from bcos_nb import cli
 from bcos_nb.batch import install_kernels, presets
+from bcos_nb.batch.runs import finish_run, lock_run, report_progress, unlock_run, write_json
 
 PROGRAM = [sys.executable, "-c", "from bcos_nb.cli import main; main()"]
 
@@ -179,6 +180,43 @@ def test_a_part_of_a_grid_its_state_and_what_failed(stubs, tmp_path):
     code, text = said("run", "tiny.yaml", "--out", "runs/tiny", "--only", "detect", "--retry-failed", "--time-limit", "10m")
     assert code == 0 and "All 4 runs" in text and "2 of them done now" in text
     assert said("status", "runs/tiny")[1].startswith("4 runs: 4 done ")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_the_state_is_refreshed_in_place_on_a_terminal_until_nothing_runs(tmp_path):
+    import pty
+
+    run = tmp_path / "runs" / "train" / "one"
+    run.mkdir(parents=True)
+    write_json(run / "params.json", {"b": 2})
+    (run / "notebook.ipynb").write_text("{}")
+    lock = lock_run(run)
+    report_progress(run, "epoch 1/2", 0.25)
+    ours, theirs = pty.openpty()
+    said = b""
+
+    def read_until(words):
+        nonlocal said
+        while words not in said:
+            said += os.read(ours, 4096)
+
+    with subprocess.Popen([*PROGRAM, "status", str(tmp_path / "runs")], stdout=theirs, stderr=theirs, env=os.environ | {"TERM": "xterm", "COLUMNS": "120"}) as process:
+        os.close(theirs)
+        try:
+            read_until(b"epoch 1/2")
+            report_progress(run, "epoch 2/2", 0.75)
+            read_until(b"epoch 2/2")
+            finish_run(run, {"val_auc": 0.9})
+            unlock_run(lock)
+            read_until(b"runs: 1 done")
+            assert process.wait(30) == 0  # by itself: nothing runs any more
+        except OSError:  # it has ended, and nobody is at the terminal's other end
+            pytest.fail(said.decode())
+        finally:
+            process.kill()
+            os.close(ours)
+    first, second, last = (said.index(words) for words in (b"epoch 1/2", b"epoch 2/2", b"runs: 1 done"))
+    assert first < second < last and b"\x1b[1A\x1b[2K" in said[first:second]  # a line up, and cleared
 
 
 def test_a_reason_that_several_runs_share_is_told_once(capsys, tmp_path):
