@@ -247,13 +247,29 @@ def test_lime_is_computed_where_it_is_wanted(detectors, frames, tmp_path):
     assert len(explorer.canvas.content["panels"]) == 3 and set(explorer.tables) == {"bcos", "gradcam"}
 
 
+async def until(said):
+    for _ in range(600):
+        if said():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it did not come")
+
+
+def in_a_kernel(work):
+    """Runs a coroutine in an event loop of its own, as a kernel has one."""
+    return ThreadPoolExecutor(1).submit(asyncio.run, work).result()
+
+
 def test_lime_can_be_given_up(detectors, frames, tmp_path):
     async def kernel():
         explorer = GridExplorer({"B = 2": detectors["B = 2"]}, frames, ("bcos",), folder=tmp_path)
+        await until(lambda: explorer.tables)
         computed = explorer.cache.computed
         explorer.lime.value = True
         assert explorer.canvas.content["panels"][-1]["words"] and explorer.stop.layout.visibility == explorer.bar.layout.visibility == "visible"
+        before = explorer.cells
         explorer.deal(7)  # the instrument goes on meanwhile
+        await until(lambda: explorer.cells is not before)
         assert explorer.canvas.content["panels"][-1]["words"] and "bcos" in explorer.answers
         explorer.stop.click()
         assert not explorer.lime.value and explorer.stop.layout.visibility == "hidden" and len(explorer.canvas.content["panels"]) == 2
@@ -262,4 +278,53 @@ def test_lime_can_be_given_up(detectors, frames, tmp_path):
         await asyncio.sleep(0)
         assert explorer.cache.computed == computed + 1 and "lime" not in explorer.answers and explorer.message.value == ""  # B-cos of the other grid
 
-    ThreadPoolExecutor(1).submit(asyncio.run, kernel()).result()
+    in_a_kernel(kernel())
+
+
+def test_controls_answer_while_a_grid_is_explained_and_the_last_grid_counts(detectors, frames, tmp_path):
+    async def kernel():
+        explorer = GridExplorer({"B = 2": detectors["B = 2"]}, frames, ("bcos", "gradcam"), folder=tmp_path)
+        assert explorer.tables == {} and explorer.bar.layout.visibility == "visible"  # who makes one waits for nothing
+        for action in (explorer.save.save_scores, explorer.save.save_settings):
+            explorer.save.guarded(action)
+            assert "Nothing is shown yet" in explorer.save.said.value and "alert" in explorer.save.said.value
+        await until(lambda: explorer.tables)
+        explorer.deal_from.value = "all faces"
+        for _ in range(3):
+            explorer.reshuffle.click()
+        assert explorer.bar.layout.visibility == "visible"
+        explorer.threshold.value = 0.2  # acts on what is still shown, and takes no bar away
+        assert explorer.bar.layout.visibility == "visible"
+        await until(lambda: explorer.bar.layout.visibility == "hidden")
+        expected = deal_cells(explorer.frames.labels.numpy(), np.ones(len(explorer.frames), bool), 3, 1, 3)
+        assert explorer.seed.value == 3 and np.array_equal(explorer.cells, expected) and explorer.message.value == ""
+        explorer.put(0, int(np.setdiff1d(np.arange(20), explorer.cells)[0]))
+        explorer.put(1, int(np.setdiff1d(np.arange(20), [*explorer.cells, *explorer.composed])[0]))  # before the first is there
+        wanted = explorer.composed
+        await until(lambda: np.array_equal(explorer.cells, wanted))
+        assert (explorer.cells != expected).tolist() == [True, True] + 7 * [False]
+
+    in_a_kernel(kernel())
+
+
+def test_a_run_that_cannot_be_opened_leaves_what_was_there(detectors, frames, runs, tmp_path):
+    import shutil
+
+    shutil.copytree(runs.parent.parent, tmp_path / "copy")
+    folder = tmp_path / "copy" / "runs" / "demo" / "grid_game" / "one"
+    params = json.loads((folder / "params.json").read_text())
+    (folder / params["detector"] / "detector.safetensors").unlink()
+    explorer = GridExplorer(detectors, frames, ("gradcam",), runs=tmp_path / "copy" / "runs" / "demo", folder=tmp_path)
+    cells = explorer.cells
+    explorer.source.value = str(folder)
+    assert "detector.safetensors" in explorer.message.value and "alert" in explorer.message.value
+    assert explorer.source.value == "own" and not explorer.detector.disabled and explorer.stepping.layout.display == "none" and np.array_equal(explorer.cells, cells)
+    explorer.reshuffle.click()
+    assert explorer.message.value == "" and not np.array_equal(explorer.cells, cells)
+
+
+def test_the_page_has_the_bars_too(explorer, tmp_path):
+    page = explorer.page()
+    state = json.loads(page.split('id="state">')[1].split("</script>")[0])
+    assert len(state) == 2 and state[1]["weighting"] == "weighted" and [chart["name"] for chart in state[1]["content"]["charts"]] == [chart["name"] for chart in explorer.bars.content["charts"]]
+    assert ".bcos-bar-fake" in page and "bcos-plot" in page and "The fake is found by" in page

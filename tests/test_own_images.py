@@ -6,6 +6,7 @@ import zlib
 import av
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -14,9 +15,9 @@ from skimage import data
 from bcos_nb.data.preprocess import prepare_videos
 from bcos_nb.explainers import explain
 from bcos_nb.models import create_detector
-from bcos_nb.widgets import own_images
+from bcos_nb.widgets import OwnImagesExplorer, own_images
 from bcos_nb.widgets.canvas import stored_attribution
-from bcos_nb.widgets.own_images import UNKNOWN, OwnImages, OwnImagesExplorer, Refused, find_face, make_own, read_own
+from bcos_nb.widgets.own_images import UNKNOWN, OwnImages, Refused, find_face, make_own, read_own
 
 
 def saved(picture, form="PNG", mode=None, **more):
@@ -287,24 +288,78 @@ def test_a_folder(photograph, tmp_path):
         own.add_folder(tmp_path / "sub")
 
 
-def test_explorer(photograph):
+@pytest.fixture(scope="module")
+def detectors():
     torch.manual_seed(0)
-    detectors = {"ordinary": create_detector("resnet10", width=0.25).eval(), "B = 2": create_detector("resnet10", b=2, width=0.25).eval()}
+    return {"ordinary": create_detector("resnet10", width=0.25).eval(), "B = 2": create_detector("resnet10", b=2, width=0.25).eval()}
+
+
+def test_explorer(photograph, detectors):
     explorer = OwnImagesExplorer(detectors, ["bcos", "gradcam"], size=64)
+    assert "will be here" in explorer.canvas.content["panels"][0]["words"]
     explorer.own.take("a.png", photograph)
     content = explorer.canvas.content
-    assert content["columns"] == ["image", "B-cos", "Grad-CAM"] and [panel["words"] for panel in content["panels"]] == ["", "cannot serve this detector", "", "", ""]
+    assert content["columns"] == ["the frame", "B-cos", "Grad-CAM"] and ["ordinary network" in panel["words"] for panel in content["panels"]] == [False, True, False, False, False]
     image = explorer.own.frames.images.float() / 255
     expected = explain(detectors["B = 2"], image, "bcos")
     assert content["panels"][3]["attribution"] == stored_attribution(expected.maps[0]).tobytes()
     assert f"p(fake) {expected.logits.softmax(1)[0, 1]:.3f}" in content["rows"][1]
     explorer.own.take("b.png", photograph)
-    assert explorer.chosen.value == "b.png"
+    assert "b.png" in explorer.chooser.position.value
     explorer.own.remove(explorer.own.images[1])
-    assert explorer.chosen.value == "a.png"
+    assert "a.png" in explorer.chooser.position.value
     explorer.own.remove(explorer.own.images[0])
-    assert explorer.canvas.content["panels"] == [] and "will be here" in explorer.message.value
+    assert "will be here" in explorer.canvas.content["panels"][0]["words"] and explorer.own.cards == {}
     shared = OwnImages(64)
     assert OwnImagesExplorer(detectors, own=shared).own is shared  # though it is empty
     with pytest.raises(ValueError, match="no detector"):
         OwnImagesExplorer({})
+
+
+def test_nothing_is_explained_again_where_an_image_is_labelled_comes_or_goes(photograph, detectors):
+    explorer = OwnImagesExplorer(detectors, ["bcos", "gradcam"], size=64, ahead=0)
+    own, cache = explorer.own, explorer.cache
+    own.take("a.png", photograph)
+    each = cache.computed
+    assert each == 3  # B-cos for one of the two detectors
+    card = own.gallery.children[0]
+    label = card.children[-1].children[1].children[0]
+    label.value = 1
+    assert "own image, fake" in explorer.chooser.position.value and any("right" in words or "wrong" in words for words in explorer.canvas.content["rows"])
+    assert cache.computed == each and own.gallery.children[0] is card  # the menu that was just used stays, with its focus
+    own.take("b.png", photograph)
+    assert cache.computed == 2 * each
+    explorer.chooser.step(1)
+    own.remove(own.images[1])
+    assert cache.computed == 2 * each and "a.png" in explorer.chooser.position.value
+    own.change(own.images[0], use_whole=True)
+    assert cache.computed == 3 * each
+    own.change(own.images[0], use_whole=False)
+    assert cache.computed == 3 * each
+    image = own.frames.images.float() / 255
+    assert explorer.canvas.content["panels"][3]["attribution"] == stored_attribution(explain(detectors["B = 2"], image, "bcos").maps[0]).tobytes()
+
+
+def test_what_is_seen_of_an_own_image_is_saved_and_restored(photograph, detectors, tmp_path):
+    explorer = OwnImagesExplorer(detectors, ["bcos", "gradcam"], size=64, folder=tmp_path)
+    explorer.saving.buttons["settings"].click()
+    assert "no image yet" in explorer.saving.said.value and explorer.saving.written == []
+    explorer.own.take("a.png", photograph), explorer.own.take("b.png", photograph)
+    explorer.own.change(explorer.own.images[1], label=0, use_whole=True)
+    explorer.threshold.value, explorer.canvas.brush = 0.3, [4, 5, 40, 50]
+    for label in ("HTML", "CSV", "settings"):
+        explorer.saving.buttons[label].click()
+    page, table, settings = explorer.saving.written
+    assert table.name.startswith("own_images-") and "An image of one" in page.read_text() and "b.png, own image, real" in page.read_text()
+    table = pd.read_csv(table).set_index(["detector", "explainer"])
+    expected = explain(detectors["B = 2"], explorer.own.frames.images[[1]].float() / 255, "gradcam")
+    assert table.loc[("B = 2", "gradcam"), "logit_fake"] == pytest.approx(expected.logits[0, 1].item(), abs=1e-5)
+    assert table.loc[("B = 2", "gradcam"), "kept"] == pytest.approx((expected.maps[0] >= np.float32(0.3)).float().mean().item(), abs=1e-6)
+    other = OwnImagesExplorer(detectors, ["bcos", "gradcam"], size=64)
+    with pytest.raises(ValueError, match="b.png, which isn't here: give it in the box above"):
+        other.saving.restore_from(settings.read_bytes())
+    other.own.take("b.png", photograph), other.own.take("a.png", photograph)
+    other.saving.restore_from(settings.read_bytes())
+    assert other.chooser.settings()["frame"] == "b.png" and other.threshold.value == 0.3 and other.canvas.brush == [4, 5, 40, 50]
+    assert {image.name: (image.label, image.use_whole) for image in other.own.images} == {"a.png": (UNKNOWN, False), "b.png": (0, True)}
+    assert other.canvas.content["panels"][3]["attribution"] == explorer.canvas.content["panels"][3]["attribution"]

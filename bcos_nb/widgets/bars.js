@@ -68,7 +68,7 @@ function render({ model, el }) {
         make("div", "", chart.words, place);
         make("div", "bcos-fake-share", chart.words, `fake's share ${fake.toFixed(4)}`);
       }
-      chart.figure.setAttribute("aria-label", `${chart.name}: ${chart.words.textContent}`);
+      chart.figure.setAttribute("aria-label", `${chart.name}: ${[...chart.words.children].map((line) => line.textContent).join(", ")}`);
     });
   }
 

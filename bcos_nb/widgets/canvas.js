@@ -497,27 +497,15 @@ function render({ model, el }) {
     event.stopPropagation();
   }, listen);
 
-  function whole() {  // everything that is shown, as one picture with its words
-    const ground = getComputedStyle(root), frame = table.getBoundingClientRect(), density = 2, pad = 12;
-    const sheet = document.createElement("canvas"), context = sheet.getContext("2d");
-    sheet.width = Math.ceil(frame.width + 2 * pad) * density;
-    sheet.height = Math.ceil(frame.height + 2 * pad) * density;
-    context.scale(density, density);
-    context.fillStyle = ground.getPropertyValue("--bcos-ground").trim() || "#ffffff";
-    context.fillRect(0, 0, sheet.width, sheet.height);
-    for (const panel of panels) {
-      if (!panel.canvas) continue;
-      const box = panel.canvas.getBoundingClientRect();
-      context.imageSmoothingEnabled = box.width < panel.image.width;
-      for (const layer of [panel.canvas, panel.lines]) context.drawImage(layer, box.left - frame.left + pad, box.top - frame.top + pad, box.width, box.height);
-    }
-    const walker = document.createTreeWalker(table, NodeFilter.SHOW_TEXT);
+  function texts(sheet, root, x, y) {  // the words of an element, line by line
+    const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
     for (let node = walker.nextNode(); node; node = walker.nextNode()) {
-      const style = getComputedStyle(node.parentElement);
-      if (style.display === "none" || node.parentElement.classList.contains("bcos-label")) continue;
-      context.font = `${style.fontWeight} ${style.fontSize} ${style.fontFamily}`;
-      context.fillStyle = style.color;
-      context.textBaseline = "middle";
+      const parent = node.parentElement, style = getComputedStyle(parent);
+      if (!node.data.trim() || !parent.getClientRects().length || style.visibility === "hidden" || parent.closest("svg, style, .bcos-label, .modebar-container")) continue;
+      sheet.font = `${style.fontWeight} ${style.fontSize} ${style.fontFamily}`;
+      sheet.fillStyle = style.color;
+      sheet.globalAlpha = Number(style.opacity);
+      sheet.textBaseline = "middle";
       const range = document.createRange();
       let from = 0;  // a text may run over several lines
       for (let to = 1; to <= node.length; to++) {
@@ -528,9 +516,64 @@ function render({ model, el }) {
         if (to < node.length && next.top < here.bottom - 2) continue;
         range.setStart(node, from); range.setEnd(node, to);
         const line = range.getBoundingClientRect();
-        context.fillText(node.data.slice(from, to), line.left - frame.left + pad, (line.top + line.bottom) / 2 - frame.top + pad);
+        sheet.fillText(node.data.slice(from, to), line.left + x, (line.top + line.bottom) / 2 + y);
         from = to;
       }
+      sheet.globalAlpha = 1;
+    }
+  }
+
+  async function drawing(svg) {  // plotly's curves
+    const copy = svg.cloneNode(true), box = svg.getBoundingClientRect(), image = new Image();
+    copy.setAttribute("width", box.width);
+    copy.setAttribute("height", box.height);
+    image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(new XMLSerializer().serializeToString(copy))}`;
+    await image.decode();
+    return image;
+  }
+
+  async function shapes(sheet, root, x, y) {  // grounds, lines, pictures and drawings of an element and all in it
+    for (const element of [root, ...root.querySelectorAll("*")]) {
+      if (!element.getClientRects().length || element.closest(".modebar-container, .bcos-label") || element.closest("svg") && element.tagName !== "svg" || element.parentElement.closest("svg")) continue;
+      const box = element.getBoundingClientRect(), style = getComputedStyle(element), at = [box.left + x, box.top + y, box.width, box.height];
+      if (style.visibility === "hidden") continue;
+      if (element.tagName === "svg") sheet.drawImage(await drawing(element), ...at);
+      else if (element.tagName === "CANVAS") {
+        sheet.imageSmoothingEnabled = box.width < element.width;
+        sheet.drawImage(element, ...at);
+      } else {
+        if (!/, 0\)|transparent/.test(style.backgroundColor)) { sheet.fillStyle = style.backgroundColor; sheet.fillRect(...at); }
+        for (const [side, top] of [["Top", at[1]], ["Bottom", at[1] + at[3]]]) {
+          if (style[`border${side}Style`] === "none") continue;
+          sheet.lineWidth = parseFloat(style[`border${side}Width`]);
+          sheet.strokeStyle = style[`border${side}Color`];
+          sheet.setLineDash(style[`border${side}Style`] === "solid" ? [] : [2, 2]);
+          sheet.beginPath(); sheet.moveTo(at[0], top); sheet.lineTo(at[0] + at[2], top); sheet.stroke();
+          sheet.setLineDash([]);
+        }
+        if (style.outlineStyle === "solid") {
+          sheet.lineWidth = parseFloat(style.outlineWidth);
+          sheet.strokeStyle = style.outlineColor;
+          sheet.strokeRect(at[0] + 1, at[1] + 1, at[2] - 2, at[3] - 2);
+        }
+      }
+    }
+    texts(sheet, root, x, y);
+  }
+
+  async function whole() {  // everything that is shown, and what belongs to it, as one picture with its words
+    const others = model.get("belongs") ? [...document.querySelectorAll(`.${model.get("belongs")}`)].filter((one) => one.getClientRects().length && one.textContent.trim()) : [];
+    const parts = [table, ...others].map((root) => ({ root, box: root.getBoundingClientRect() })), density = 2, pad = 12;
+    const sheet = document.createElement("canvas"), context = sheet.getContext("2d");
+    sheet.width = Math.ceil(Math.max(...parts.map(({ box }) => box.width)) + 2 * pad) * density;
+    sheet.height = Math.ceil(parts.reduce((sum, { box }) => sum + box.height + pad, pad)) * density;
+    context.scale(density, density);
+    context.fillStyle = getComputedStyle(root).getPropertyValue("--bcos-ground").trim() || "#ffffff";
+    context.fillRect(0, 0, sheet.width, sheet.height);
+    let top = pad;
+    for (const { root: part, box } of parts) {
+      await shapes(context, part, pad - box.left, top - box.top);
+      top += box.height + pad;
     }
     return sheet;
   }
@@ -539,7 +582,8 @@ function render({ model, el }) {
     if (message.do === "focus") root.focus();
     if (message.do !== "picture") return;
     paint();
-    whole().toBlob(async (blob) => model.send({ event: "picture", number: message.number }, undefined, [await blob.arrayBuffer()]), "image/png");
+    whole().then((sheet) => sheet.toBlob(async (blob) => model.send({ event: "picture", number: message.number }, undefined, [await blob.arrayBuffer()]), "image/png"))
+      .catch((error) => model.send({ event: "no picture", number: message.number, why: String(error) }));
   };
   const play = () => {  // from the threshold to 1, then from 0 again
     clearInterval(state.player);
@@ -555,8 +599,8 @@ function render({ model, el }) {
   for (const name of ["threshold", "opacity", "look", "outline", "brush", "selected"]) watched[`change:${name}`] = repaint;
   for (const [name, action] of Object.entries(watched)) model.on(name, action);
   read();
-  function name() {  // for a screen reader, which finds no name at ipywidgets' sliders and at buttons that are icons
-    const all = root.closest(".bcos-explorer, .bcos-grids, .bcos-own-explorer");
+  function name() {  // for a screen reader, which finds no name at ipywidgets' sliders, at fields without a label and at buttons that are icons
+    const all = root.closest(".bcos-explorer, .bcos-grids");
     if (!all) return;
     for (const handle of all.querySelectorAll("[role=slider]:not([aria-label])")) {
       const slider = handle.closest(".widget-slider, .widget-hslider"), label = slider && slider.querySelector(".widget-label");
@@ -565,8 +609,20 @@ function render({ model, el }) {
       handle.setAttribute("aria-label", label.textContent + (handles.length > 1 ? [", from", ", to"][handles.indexOf(handle)] : ""));
     }
     for (const upload of all.querySelectorAll(".bcos-save .widget-upload:not([aria-label])")) upload.setAttribute("aria-label", "restore");
+    for (const field of all.querySelectorAll("input[placeholder]:not([aria-label])")) field.setAttribute("aria-label", field.placeholder);
+    for (const icon of all.querySelectorAll("button > i:not([aria-hidden])")) icon.setAttribute("aria-hidden", "true");  // an icon is a letter of a font
     for (const button of all.querySelectorAll("button[title]:not([aria-label])")) {
       if (button.title && !/[a-z]/i.test(button.textContent)) button.setAttribute("aria-label", button.title);
+    }
+    for (const button of all.querySelectorAll(".widget-toggle-button")) {
+      const pressed = String(button.classList.contains("mod-active"));
+      if (button.getAttribute("aria-pressed") !== pressed) button.setAttribute("aria-pressed", pressed);
+    }
+    const bar = all.querySelectorAll(".progress:not([role])");
+    bar.forEach((one) => { one.setAttribute("role", "progressbar"); one.setAttribute("aria-label", "how far the network is"); });
+    for (const figure of all.querySelectorAll(".js-plotly-plot:not([role])")) {
+      figure.setAttribute("role", "group");
+      figure.setAttribute("aria-label", "curves over the threshold; “CSV” saves their values as a table");
     }
   }
   const marking = setInterval(() => { measure(); name(); }, 500);  // a figure is drawn later than the canvas, drawn anew, or resized

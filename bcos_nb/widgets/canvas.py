@@ -158,6 +158,7 @@ class MapCanvas(anywidget.AnyWidget):
     playing = traitlets.Bool(False).tag(sync=True)  # whether the threshold moves by itself
     plain = traitlets.Bool(False).tag(sync=True)  # pictures to choose from: nothing is brushed or read off; set it from the start
     marks = traitlets.Unicode("").tag(sync=True)  # class of a plotly figure with thresholds from 0 to 1 across: a line follows the threshold there
+    belongs = traitlets.Unicode("").tag(sync=True)  # class of what else belongs into its picture, below it: curves, bars
     arrows = traitlets.Enum(("threshold", "frames"), "threshold").tag(sync=True)  # what left and right do
     selected = traitlets.Int(-1).tag(sync=True)  # the panel that was clicked last, in the order of the table
     brush = traitlets.List(traitlets.Int(), minlen=4, maxlen=4, allow_none=True, default_value=None).tag(sync=True)  # left, top, right, bottom, pixels
@@ -175,7 +176,7 @@ class MapCanvas(anywidget.AnyWidget):
         palette = {"heat": HEAT.astype(np.uint8).tobytes(), "outline": OUTLINE, "positive": list(POSITIVE), "negative": list(NEGATIVE), "dim": 0.5}
         super().__init__(content=packed_table(panels, columns, rows), palette=palette, **traits)
         self.steppers: list[Callable[[int], None]] = []
-        self.waiting: dict[int, Callable[[bytes], None]] = {}
+        self.waiting: dict[int, tuple[Callable[[bytes], None], Callable[[str], None]]] = {}
         self.on_msg(self.hear)
 
     def show(
@@ -197,10 +198,11 @@ class MapCanvas(anywidget.AnyWidget):
     def take_picture(
         self,
         then: Callable[[bytes], None],  # called with a PNG of all that is shown
+        failed: Callable[[str], None] = lambda why: None,  # called with the reason where the browser cannot
     ) -> None:
         """Asks the browser for what it shows. Nothing is called where no browser shows the canvas."""
         number = max(self.waiting, default=0) + 1
-        self.waiting[number] = then
+        self.waiting[number] = then, failed
         self.send({"do": "picture", "number": number})
 
     def hear(self, widget: object, message: dict, buffers: Sequence[memoryview]) -> None:
@@ -208,5 +210,7 @@ class MapCanvas(anywidget.AnyWidget):
         if message.get("event") == "step":
             for action in self.steppers:
                 action(int(message["by"]))
-        elif message.get("event") == "picture" and (then := self.waiting.pop(message.get("number"), None)):
-            then(bytes(buffers[0]))
+        elif message.get("event") == "picture" and (waiting := self.waiting.pop(message.get("number"), None)):
+            waiting[0](bytes(buffers[0]))
+        elif message.get("event") == "no picture" and (waiting := self.waiting.pop(message.get("number"), None)):
+            waiting[1](str(message.get("why")))

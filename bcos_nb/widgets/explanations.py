@@ -285,8 +285,9 @@ class ExplanationCache:
             return number
 
     def keys(self, detector, frames, row, requests, target, windows) -> dict[str, tuple]:
-        """What each explanation is known by."""
-        place = (self.number(detector), self.number(frames), int(row), version_of(detector), int(target), windows)
+        """What each explanation is known by. Frames that name their pictures share what is known of a picture with other frames that have it."""
+        thing, row = (frames.pictured(row), 0) if hasattr(frames, "pictured") else (frames, int(row))
+        place = (self.number(detector), self.number(thing), row, version_of(detector), int(target), windows)
         return {name: (*place, name, frozen(options)) for name, options in requests.items()}
 
     def claim(self, keys: dict[str, tuple], ahead: Ahead | None = None) -> tuple[dict[str, Attribution], Work | None, dict[str, Work]]:

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['AnyFrames', 'HIDINGS', 'STYLE', 'ALL', 'SOURCES', 'SLOW', 'MOST_READY', 'READY', 'Dropped', 'Background', 'Quiet',
-           'frame_sets', 'first_side', 'side_of', 'inside_of', 'source_image', 'hidden_image', 'dropdown', 'flow',
-           'FrameChooser', 'shortened', 'kind_of', 'MapChoice', 'spread', 'Shown', 'look', 'said', 'map_panels',
-           'score_rows', 'Asked', 'View', 'Instrument', 'AttributionExplorer', 'clipped']
+           'frame_sets', 'first_side', 'side_of', 'inside_of', 'source_image', 'readable', 'hidden_image', 'dropdown',
+           'flow', 'FrameChooser', 'shortened', 'kind_of', 'MapChoice', 'spread', 'Shown', 'look', 'said', 'map_panels',
+           'score_rows', 'Asked', 'View', 'Instrument', 'AttributionExplorer', 'clipped', 'OwnImagesExplorer']
 
 # %% ../../nbs/widgets/explorer.ipynb #9625c5bb
 import asyncio
 import html
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from ..data import FrameDataset, Frames, read_picture
 from ..data.frames import as_float, read_stored, resize
+from ..data.preprocess import Preparation
 from ..explainers import EXPLAINERS, Attribution, usable_explainers
 from ..games import localization_scores
 from ..games.faithfulness import baseline_images
@@ -105,13 +107,23 @@ class Background:
         lane: str,
         action: Callable[[], None],  # called in the kernel's thread
         seconds: float,
+        failed: Callable[[Exception], None],
     ) -> None:
         """Does something that can wait, after some time in which the lane gets nothing else."""
         ticket = self.tickets[lane] = self.tickets.get(lane, 0) + 1
+
+        def do() -> None:
+            if self.tickets[lane] != ticket:
+                return
+            try:
+                action()
+            except Exception as error:
+                failed(error)
+
         if self.loop is None:
-            action()
+            do()
         else:
-            self.loop.call_later(seconds, lambda: action() if self.tickets[lane] == ticket else None)
+            self.loop.call_later(seconds, do)
 
     def drop(self, lane: str) -> None:
         """Nobody wants the lane's result any more."""
@@ -197,6 +209,24 @@ def source_image(
     return as_float(resize(image, *side))
 
 
+def readable(
+    read: Callable[[Tensor], Tensor],  # of rows to something for each, such as `lambda rows: frame_batch(frames, rows)[0]`
+    rows: Tensor,  # int64 [K]
+) -> tuple[Tensor, Tensor | None, dict[int, Exception]]:  # rows that could be read and what they are; None where none could; row to what is wrong with it
+    """What can be read of some rows. One broken file on a disk takes away itself, and nothing else."""
+    try:
+        return rows, read(rows), {}
+    except (OSError, ValueError):
+        pass
+    found, errors = {}, {}
+    for row in rows.tolist():
+        try:
+            found[row] = read(torch.tensor([row]))
+        except (OSError, ValueError) as error:
+            errors[row] = error
+    return torch.tensor(list(found), dtype=torch.long), torch.cat(list(found.values())) if found else None, errors
+
+
 HIDINGS = ("blurred", "grey", "source frame")
 
 
@@ -263,7 +293,7 @@ class FrameChooser(Quiet, widgets.VBox):
         *,
         doing: Callable[[float | None, str], None] = lambda share, words: None,  # told how far some work is; None: it is done
         failed: Callable[[Exception], None] = lambda error: None,  # told what went wrong
-        own: int | None = None,  # side of one's own images, pixels, to offer them beside the sets; None: don't
+        own: OwnImages | int | None = None,  # one's own images to offer beside the sets, or where there are no sets; or their side, pixels; None: don't
         shown: int = 12,  # pictures of the strip
         picture: int = 80,  # their side on the screen, pixels
     ):
@@ -273,7 +303,8 @@ class FrameChooser(Quiet, widgets.VBox):
         self.probabilities: dict[tuple[str, str], np.ndarray] = {}  # p(fake) by set and detector
         self.rows, self.at, self.page = np.array([], int), 0, None
         self.wish: str | None = None  # the frame to go to as soon as the filters are applied
-        self.side, self.own, self.own_frames = own, None, None
+        self.takes_own, self.side, self.own, self.own_frames = own is not None, own, None, None
+        self.unread: dict[tuple[str, str], dict[int, Exception]] = {}  # by set and detector: rows that the judge could not read
         self.source = widgets.ToggleButtons(options=SOURCES, style={"button_width": "190px"}, tooltips=["frames of the datasets", "photographs or frames from your disk, which stay on this machine"])
         self.set = dropdown("set", list(self.sets), "260px", "40px")
         self.method = dropdown("frames", ["all frames"], "190px", "50px")
@@ -295,9 +326,10 @@ class FrameChooser(Quiet, widgets.VBox):
         self.slider.observe(lambda change: self.quiet or self.go(change.new), "value")
         self.strip.observe(self.clicked, "selected")
         self.source.observe(lambda change: self.quiet or self.guarded(self.source_changed), "value")
+        self.source.index = 0 if self.sets else 1
         first = [self.set] if len(self.sets) > 1 else []
         self.filters, self.place = flow(*first, self.method, self.judge, self.verdict, self.order, self.confidence), widgets.VBox()
-        super().__init__([*([self.source] if own else []), self.filters, self.place, self.strip, flow(self.previous, self.next, self.slider, self.position)])
+        super().__init__([*([self.source] if self.takes_own and self.sets else []), self.filters, self.place, self.strip, flow(self.previous, self.next, self.slider, self.position)])
 
     @property
     def is_own(self) -> bool:
@@ -336,7 +368,7 @@ class FrameChooser(Quiet, widgets.VBox):
 
     def begin(self) -> None:
         """Shows the first frame."""
-        self.guarded(self.set_changed)
+        self.guarded(self.source_changed if self.is_own else self.set_changed)
 
     def set_changed(self) -> None:
         """Another set."""
@@ -347,7 +379,7 @@ class FrameChooser(Quiet, widgets.VBox):
         """From the datasets to one's own images, or back."""
         self.filters.layout.display = "none" if self.is_own else "flex"
         if self.is_own and self.own is None:  # made when it is wanted, so that nobody else waits for it
-            self.own = OwnImages(self.side)
+            self.own = self.side if isinstance(self.side, OwnImages) else OwnImages(self.side)
             self.own.gallery.layout.max_height, self.own.gallery.layout.overflow = "290px", "auto"
             self.own.observe(lambda change: self.guarded(self.own_changed), "version")
         self.place.children = [self.own] if self.is_own else []
@@ -361,9 +393,9 @@ class FrameChooser(Quiet, widgets.VBox):
         before = [] if self.own_frames is None else self.own_frames.catalog["frame"].tolist()
         at = before[self.at] if self.at < len(before) else None
         self.own_frames = self.own.frames if len(self.own) else None
-        names = [] if self.own_frames is None else self.own_frames.catalog["frame"].tolist()
         if not self.is_own:
             return
+        names = [] if self.own_frames is None else self.own_frames.catalog["frame"].tolist()
         self.rows, self.page = np.arange(len(names)), None
         with self.hold_changes():
             self.slider.max = max(len(names) - 1, 0)
@@ -410,15 +442,19 @@ class FrameChooser(Quiet, widgets.VBox):
             self.find(wish)
 
     def judged(self, key: tuple[str, str], wanted: Callable[[], bool]) -> np.ndarray | None:
-        """p(fake) of all frames of a set; None where nobody wants it any more."""
+        """p(fake) of all frames of a set, NaN where one cannot be read; None where nobody wants it any more."""
         frames, detector, found = self.sets[key[0]], self.detectors[key[1]], []
         device = next(detector.parameters()).device
         for rows in torch.arange(len(frames)).split(32):
             if not wanted():
                 return None
-            images = frame_batch(frames, rows)[0].to(device)
-            with self.cache.using(detector), evaluating(detector), torch.no_grad():
-                found.append(detector(images).double().softmax(1)[:, 1].cpu())
+            there, images, errors = readable(lambda some: frame_batch(frames, some)[0], rows)
+            self.unread.setdefault(key, {}).update(errors)
+            probability = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+            if images is not None:
+                with self.cache.using(detector), evaluating(detector), torch.no_grad():
+                    probability[there - rows[0]] = detector(images.to(device)).double().softmax(1)[:, 1].cpu()
+            found.append(probability)
             self.background.say(self.doing, (int(rows[-1]) + 1) / len(frames), f"{key[1]} looks at {len(frames)} frames")
         return torch.cat(found).numpy()
 
@@ -428,6 +464,8 @@ class FrameChooser(Quiet, widgets.VBox):
         if found is not None:
             self.probabilities[key] = found
             self.filter()
+            if unread := self.unread.get(key):
+                self.failed(ValueError(f"{len(unread)} of {len(found)} frames could not be read and are left out by these filters. {next(iter(unread.values()))}"))
 
     def judge_failed(self, error: Exception) -> None:
         """Says what went wrong."""
@@ -483,16 +521,20 @@ class FrameChooser(Quiet, widgets.VBox):
         self.page = page
         frames, rows = self.frames, self.rows[page * self.shown:(page + 1) * self.shown]
 
-        def work(wanted: Callable[[], bool]) -> list[np.ndarray]:
-            images = (frame_batch(frames, torch.as_tensor(rows))[0] * 255).round().byte().permute(0, 2, 3, 1).numpy()
-            side = min(self.picture * 2, images.shape[1])
-            return [np.ascontiguousarray(cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)) for image in images]
+        def work(wanted: Callable[[], bool]) -> list[np.ndarray | None]:  # None: cannot be read; who goes there is told why
+            there, images, _ = readable(lambda some: frame_batch(frames, some)[0], torch.as_tensor(rows))
+            side, found = self.picture * 2, {}
+            for row, image in zip(there.tolist(), () if images is None else (images * 255).round().byte().permute(0, 2, 3, 1).numpy()):
+                small = min(side, image.shape[0])
+                found[row] = np.ascontiguousarray(cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA))
+            return [found.get(row) for row in rows.tolist()]
 
-        def show(pictures: list[np.ndarray]) -> None:
+        def show(pictures: list[np.ndarray | None]) -> None:
             known = None if self.is_own else self.probabilities.get((self.set.value, self.judge.value))
             named = lambda row: shortened(str(catalog["frame"].iloc[row])) if self.is_own else kind_of(catalog.iloc[row])
-            notes = [named(row) + ("" if known is None else f"\n{known[row]:.2f}") for row in rows]
-            self.strip.show([[Panel(picture, note=note, description=f"frame {page * self.shown + k + 1}") for k, (picture, note) in enumerate(zip(pictures, notes))]])
+            notes = ["unreadable" if picture is None else named(row) + ("" if known is None else f"\n{known[row]:.2f}") for row, picture in zip(rows, pictures)]
+            grey = np.full((self.picture, self.picture, 3), 128, np.uint8)
+            self.strip.show([[Panel(grey if picture is None else picture, note=note, description=f"{what} {page * self.shown + k + 1}") for k, (picture, note) in enumerate(zip(pictures, notes))]])
             with self.hold_changes():
                 self.strip.selected = self.at - page * self.shown
 
@@ -501,10 +543,13 @@ class FrameChooser(Quiet, widgets.VBox):
     def settings(self) -> dict:
         """What is chosen, as JSON holds it."""
         chosen = {name: getattr(self, name).value for name in ("set", "method", "judge", "verdict", "order")}
-        return chosen | {"source": self.source.value, "confidence": list(self.confidence.value), "frame": str(self.frames.catalog["frame"].iloc[self.row])}
+        chosen |= {"source": self.source.value, "confidence": list(self.confidence.value), "frame": str(self.frames.catalog["frame"].iloc[self.row])}
+        return chosen | ({"images": self.own.settings()} if self.is_own else {})
 
     def restore(self, settings: dict) -> None:
         """What was chosen once. ValueError where it isn't there."""
+        if not self.sets:
+            return self.restore_own(settings)
         with self.hold_changes():
             self.source.index = 0  # the menus are those of the datasets
         for name in ("set", "method", "judge", "verdict", "order"):
@@ -517,10 +562,18 @@ class FrameChooser(Quiet, widgets.VBox):
                 control.value = settings[name]
         with self.hold_changes():
             self.confidence.value = tuple(settings["confidence"])
-            self.source.value = source = settings.get("source", SOURCES[0]) if self.side else SOURCES[0]
+            self.source.value = settings.get("source", SOURCES[0]) if self.takes_own else SOURCES[0]
+        if self.is_own:
+            return self.restore_own(settings)
         self.wish = settings["frame"]
         self.source_changed()
-        if source == SOURCES[1] and (not len(self.rows) or self.own_frames.catalog["frame"].iloc[self.row] != settings["frame"]):
+
+    def restore_own(self, settings: dict) -> None:
+        """The image of one's own that was chosen once, and what was said of all of them. ValueError where it isn't there."""
+        self.wish = settings["frame"]
+        self.source_changed()
+        self.own.restore(settings.get("images", []))
+        if not len(self.rows) or self.own_frames.catalog["frame"].iloc[self.row] != settings["frame"]:
             raise ValueError(f"The settings are those of an image of somebody's own, {settings['frame']}, which isn't here: give it in the box above, then restore them again.")
 
 
@@ -717,6 +770,8 @@ def said(
 def map_panels(
     shown: Shown,
     measures: Callable[[int, int, Attribution], dict] | None = None,  # more numbers of a place, each at 101 thresholds
+    *,
+    with_frame: bool = False,  # a first column with the frame itself
 ) -> tuple[list[list[Panel | str | None]], list[str], list[str]]:  # panels, columns, rows
     """The table for the canvas."""
     image = (shown.image[0].permute(1, 2, 0) * 255).round().byte().numpy()
@@ -733,6 +788,9 @@ def map_panels(
     for r, row in enumerate(shown.rows):
         one = next((name for name in shown.names[r] if name in logits), None)
         labels.append(row if several or one is None else f"{row}\n{said(logits[one], shown.label)}")
+    if with_frame:
+        panels = [[None if r else Panel(image, mask=inside, description=f"the frame, {kind_of(shown.frames.catalog.iloc[shown.row])}"), *row] for r, row in enumerate(panels)]
+        columns = ["the frame", *columns]
     return panels, columns, labels
 
 
@@ -797,15 +855,17 @@ class View:
 class Instrument(Quiet, widgets.VBox):
     """What the exploring instruments share. `shown` is what is seen, `threshold.value` the threshold."""
 
-    name = "instrument"
+    name, title = "instrument", "Maps of a face"  # of its files, and of its page
     takes_own = False  # whether images of one's own can be looked at
+    with_frame = False  # whether the frame itself is beside its maps
 
     def __init__(
         self,
         detectors: Detector | Mapping[str, Detector],  # one, or name in print to detector
-        frames: AnyFrames | pd.DataFrame | Mapping[str, AnyFrames | pd.DataFrame],  # with masks; or a catalogue of read_catalog; or several by name
+        frames: AnyFrames | pd.DataFrame | Mapping[str, AnyFrames | pd.DataFrame] | None,  # with masks; or a catalogue of read_catalog; or several by name; None: one's own
         explainers: Sequence[str] | None = None,  # to offer, the first are ticked; None: all that serve
         *,
+        own: OwnImages | None = None,  # images that are shared with another instrument, where it takes any
         size: int | None = None,  # side of the images of a catalogue; None: that of its first frame
         side: int = 220,  # of a map on the screen at most, pixels
         width: int = 1090,  # of the whole, pixels
@@ -826,8 +886,10 @@ class Instrument(Quiet, widgets.VBox):
         self.words, self.halt = widgets.HTML(layout=widgets.Layout(margin="0")), widgets.Button(description="cancel", icon="stop", layout=widgets.Layout(width="90px", display="none"))
         self.halt.on_click(lambda button: self.cancel())
         self.words.add_class("bcos-doing")
-        sets = frame_sets(frames, size)
-        own = (size or side_of(next(iter(sets.values())))) if self.takes_own else None
+        sets = {} if frames is None else frame_sets(frames, size)
+        if own is None and self.takes_own:
+            own = size or side_of(next(iter(sets.values())))
+        self.views_change = threading.Lock()  # views are made beside the kernel's thread, and ahead of it
         self.chooser = FrameChooser(self.detectors, sets, self.cache, self.background, doing=self.doing, failed=self.failed, own=own)
         self.choice = MapChoice(self.detectors, explainers, rows=rows, columns=columns)
         self.canvas = MapCanvas(threshold=threshold, side=side, arrows="frames", description="attribution maps: up and down move the threshold, left and right the frame")
@@ -876,9 +938,9 @@ class Instrument(Quiet, widgets.VBox):
             self.background.drop("view")
             return self.failed(error)
         self.began = time.perf_counter()
-        if (key := asked.key(row, self.detectors)) in self.views:
+        if (ready := self.views.get(asked.key(row, self.detectors))) is not None:
             self.background.drop("view")
-            return self.show(self.views[key])
+            return self.show(ready)
         self.background.run("view", lambda wanted: self.view(asked, row, wanted, self.told), self.show, self.failed)
 
     def nothing(self) -> None:
@@ -899,10 +961,11 @@ class Instrument(Quiet, widgets.VBox):
         shown = look(self.detectors, asked.frames, row, (asked.rows, asked.columns, asked.names), self.cache, target=asked.target, wanted=wanted, progress=progress)
         if shown is None:
             return None
-        view = View(asked, shown, packed_table(*map_panels(shown, self.measures(shown, asked.chosen))))
-        self.views[asked.key(row, self.detectors)] = view
-        while len(self.views) > 1 and (len(self.views) > READY or sum(one.bytes for one in list(self.views.values())) > MOST_READY):
-            self.views.pop(next(iter(self.views)), None)
+        view = View(asked, shown, packed_table(*map_panels(shown, self.measures(shown, asked.chosen), with_frame=self.with_frame)))
+        with self.views_change:
+            self.views[asked.key(row, self.detectors)] = view
+            while len(self.views) > 1 and (len(self.views) > READY or sum(one.bytes for one in self.views.values()) > MOST_READY):
+                self.views.pop(next(iter(self.views)))
         return view
 
     def show(self, view: "View | None") -> None:
@@ -918,7 +981,7 @@ class Instrument(Quiet, widgets.VBox):
         self.message.value = ""
         self.arrived()
         if self.background.loop is not None and self.forward:
-            self.background.soon("ahead", lambda: self.look_ahead(view.asked), 0.05)  # not before the picture is on its way
+            self.background.soon("ahead", lambda: self.look_ahead(view.asked), 0.05, self.failed)  # not before the picture is on its way
 
     def look_ahead(self, asked: "Asked") -> None:
         """Has the neighbours of the frame explained, and made ready as soon as they are."""
@@ -981,7 +1044,7 @@ class Instrument(Quiet, widgets.VBox):
         row = self.shown.frames.catalog.iloc[self.shown.row]
         which = f"{row['frame']}, {kind_of(row)}" if self.chooser.is_own else f"{self.chooser.set.value}, video {row['video']}, {kind_of(row)}, frame {row['frame']}"
         words = f"{which}. Explained class: {('real', 'fake')[self.target.value]}."
-        return canvas_page(self.canvas, f"{self.name.capitalize()} of a face", words, table, self.more_of_page())
+        return canvas_page(self.canvas, self.title, words, table, self.more_of_page())
 
     def more_of_page(self) -> str:
         """HTML after the canvas."""
@@ -991,8 +1054,8 @@ class Instrument(Quiet, widgets.VBox):
 class AttributionExplorer(Instrument):
     """Frames from a filmstrip; backbones and explainers across, B down; brush a rectangle to hide it from the detectors."""
 
-    name = "attributions"
-    takes_own = True
+    name, title = "attributions", "Attributions of a face"
+    takes_own = with_frame = True
 
     def make_parts(self) -> None:
         """The menu of hidings and the table of what is said then."""
@@ -1075,3 +1138,28 @@ def clipped(
     """A rectangle cut at the picture's borders."""
     left, top, right, bottom = (int(min(max(value, 0), limit)) for value, limit in zip(box, (width, height, width, height)))
     return (left, top, right, bottom) if left < right and top < bottom else None
+
+# %% ../../nbs/widgets/explorer.ipynb #0f0e5a01
+class OwnImagesExplorer(AttributionExplorer):
+    """Images of one's own above, what each detector says of the chosen one and why below.
+
+    `explorer.own.add(name, content)` and `explorer.own.add_folder(path)` give images without a mouse; `explorer.own.frames` are all of them.
+    """
+
+    name, title = "own_images", "An image of one's own"
+
+    def __init__(
+        self,
+        detectors: Detector | Mapping[str, Detector],  # one, or name in print to detector
+        explainers: Sequence[str] | None = None,  # to offer, the first three are ticked; None: all that serve
+        *,
+        size: int = Preparation.size,  # side of the frames, pixels: that of the detectors' training
+        own: OwnImages | None = None,  # images that are shared with another instrument
+        **options: object,  # of `Instrument`
+    ):
+        super().__init__(detectors, None, explainers, own=OwnImages(size) if own is None else own, **options)  # an empty one is false
+
+    @property
+    def own(self) -> OwnImages:
+        """The images."""
+        return self.chooser.own

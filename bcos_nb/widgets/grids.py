@@ -8,7 +8,9 @@ __all__ = ['STEPS', 'HERE', 'OWN', 'DEALS', 'cell_scores', 'pool_of', 'deal_cell
 
 # %% ../../nbs/widgets/grids.ipynb #d16d8409
 import html
+import itertools
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +75,7 @@ def pool_of(
     if isinstance(frames, Frames):
         return frames[torch.from_numpy(rows)]
     side = frames.size if isinstance(frames, FrameDataset) else size
-    return load_frames(rows_of(catalog, rows.tolist()), side, root=frames.root if isinstance(frames, FrameDataset) else root, with_mask=False)
+    return load_frames(rows_of(catalog, rows.tolist()), side, root=frames.root if isinstance(frames, FrameDataset) else root, with_mask=False, skip_unreadable=True)
 
 
 def deal_cells(
@@ -243,8 +245,8 @@ class GridExplorer(Quiet, widgets.VBox):
         self.tables: dict[str, dict[str, np.ndarray]] = {}
         self.run: GridRun | None = None
         self.opened: dict[str, GridRun] = {}
-        self.background, self.asked = Background(), None
-        self.cells, self.chosen_cell, self.note, self.number = None, None, "", None
+        self.background, self.asked, self.coming = Background(), None, None  # asked: detector, grids, number and windows of what is shown
+        self.cells, self.composed, self.chosen_cell, self.note, self.number = None, None, None, "", None  # composed: the cells last asked for, which may not be shown yet
         self.make_controls(n, seed, find_grid_runs(runs))
         self.make_display(folder)
         controls = [widgets.HBox([self.source, self.detector, self.deal_from, self.n, self.fakes]), self.dealing, self.stepping,
@@ -252,6 +254,8 @@ class GridExplorer(Quiet, widgets.VBox):
         super().__init__([*controls, self.verdict, self.message, self.canvas, self.bars, self.composing, self.save], layout=widgets.Layout(max_width="1240px"))
         self.add_class("bcos-grids")
         self.guarded(self.deal, seed)
+
+    counter = itertools.count()
 
     def make_controls(self, n: int, seed: int, runs: list[Path]) -> None:
         """Menus, sliders and buttons."""
@@ -291,7 +295,7 @@ class GridExplorer(Quiet, widgets.VBox):
         self.previous.on_click(lambda button: setattr(self.place, "value", max(self.place.value - 1, 0)))
         self.next.on_click(lambda button: setattr(self.place, "value", min(self.place.value + 1, self.place.max)))
         for control in (self.threshold, self.weighting):
-            control.observe(lambda change: self.guarded(self.tell), "value")
+            control.observe(lambda change: self.tell(), "value")
 
     def make_display(self, folder: str | Path) -> None:
         """Canvas, bars, and the table at which a grid is composed."""
@@ -302,6 +306,8 @@ class GridExplorer(Quiet, widgets.VBox):
         self.weighting.observe(lambda change: setattr(self.bars, "weighting", change.new), "value")
         self.style.observe(lambda change: setattr(self.canvas, "look", change.new), "value")
         self.verdict, self.message = widgets.HTML(), widgets.HTML()
+        self.canvas.belongs = f"bcos-grid-{next(self.counter)}"
+        self.verdict.add_class(self.canvas.belongs), self.bars.add_class(self.canvas.belongs)
         self.board = Thumbnails(side=84, columns=3, description="cells of the grid: choose the one that is to have another face")
         self.candidates = Thumbnails(side=56, description="faces that can be put into the chosen cell", layout=widgets.Layout(width="100%"))
         self.kind = widgets.ToggleButtons(options=[("fakes", 1), ("real faces", 0)], style={"button_width": "90px"}, tooltips=["fakes to choose from", "real faces to choose from"])
@@ -321,9 +327,12 @@ class GridExplorer(Quiet, widgets.VBox):
             self.message.value = ""
             action(*given)
         except Exception as error:
-            self.message.value = f'<div class="bcos-error" role="alert"><b>{type(error).__name__}.</b> {html.escape(str(error))}</div>'
-        finally:
-            self.bar.layout.visibility = self.stop.layout.visibility  # LIME may be under way
+            self.failed(error)
+
+    def failed(self, error: Exception) -> None:
+        """Writes into the widget what went wrong."""
+        self.bar.layout.visibility = self.stop.layout.visibility  # LIME may be under way
+        self.message.value = f'<div class="bcos-error" role="alert"><b>{type(error).__name__}.</b> {html.escape(str(error))}</div>'
 
     @property
     def network(self) -> Detector:
@@ -331,12 +340,22 @@ class GridExplorer(Quiet, widgets.VBox):
         return self.run.detector if self.run is not None else self.detectors[self.detector.value]
 
     def probabilities(self) -> np.ndarray:  # [N]
-        """p(fake) of the frames by the detector, computed once."""
-        key = (id(self.network), id(self.frames))
+        """p(fake) of the frames by the detector whose grid is shown."""
+        network, grids, *_ = self.asked
+        return self.judged(network, grids.frames)
+
+    def judged(self, network: Detector, frames: Frames, wanted: Callable[[], bool] = lambda: True) -> np.ndarray:  # [N]
+        """p(fake) of frames, computed once, a batch at a time; Dropped where nobody wants it any more."""
+        key = (id(network), id(frames))
         if key not in self.known:
-            self.working("classifying")
-            with self.cache.using(self.network):
-                self.known[key] = score_frames(self.network, self.frames)["probability"].to_numpy()
+            found = []
+            for rows in torch.arange(len(frames)).split(32):
+                if not wanted():
+                    raise Dropped
+                with self.cache.using(network):
+                    found.append(score_frames(network, frames[rows])["probability"].to_numpy())
+                self.background.say(self.passed, (int(rows[-1]) + 1) / len(frames))
+            self.known[key] = np.concatenate(found)
         return self.known[key]
 
     def working(self, words: str) -> None:
@@ -350,6 +369,19 @@ class GridExplorer(Quiet, widgets.VBox):
         if seed is not None:
             with self.hold_changes():
                 self.seed.value = seed
+        if self.deal_from.value != DEALS[0]:
+            return self.deal_among(None)
+        network, frames = self.network, self.frames
+        if (id(network), id(frames)) in self.known:
+            return self.deal_among(self.judged(network, frames))
+        self.working("classifying")
+        self.background.run("grid", lambda wanted: self.judged(network, frames, wanted), self.deal_among, self.failed)
+
+    def deal_among(
+        self,
+        probability: np.ndarray | None,  # p(fake) of the frames, to deal those about which the detector is right; None: all
+    ) -> None:
+        """A grid of the seed in the widget."""
         labels = self.frames.labels.numpy()
         allowed, notes = np.ones(len(labels), bool), []
         there = [int((labels == label).sum()) for label in (0, 1)]
@@ -357,8 +389,8 @@ class GridExplorer(Quiet, widgets.VBox):
             with self.hold_changes():
                 self.n.value = max([n for _, n in self.n.options if n * n - self.fakes.value <= there[0]], default=2)
             notes.append(f"smaller, since there are {there[0]} real faces only")
-        if self.deal_from.value == DEALS[0]:
-            allowed = (self.probabilities() > 0.5) == (labels == 1)
+        if probability is not None:
+            allowed = (probability > 0.5) == (labels == 1)
             enough = all((allowed & (labels == label)).sum() >= count for label, count in ((1, self.fakes.value), (0, self.n.value**2 - self.fakes.value)))
             if not enough:
                 notes.append(f"dealt from all faces, since the detector is right about {(allowed & (labels == 1)).sum()} fakes and {(allowed & (labels == 0)).sum()} real faces only")
@@ -368,14 +400,14 @@ class GridExplorer(Quiet, widgets.VBox):
 
     def shuffle(self) -> None:
         """The same faces in other cells."""
-        if self.cells is not None:
-            self.show(np.random.default_rng(int(self.cells[0]) + 1).permutation(self.cells))
+        if self.composed is not None:
+            self.show(np.random.default_rng(int(self.composed[0]) + 1).permutation(self.composed))
 
     def choose_cell(self, cell: int) -> None:
         """The cell that the next face goes into, and faces of its kind to choose from."""
         self.chosen_cell = self.board.selected = cell
         with self.hold_changes():
-            self.kind.value = int(self.frames.labels[self.cells[cell]] == 1)
+            self.kind.value = int(self.asked[1].frames.labels[self.cells[cell]] == 1)
         self.offer()
 
     def offer(self) -> None:
@@ -386,13 +418,13 @@ class GridExplorer(Quiet, widgets.VBox):
             self.offered = []
             self.hint.value = "Choose a cell of the grid to put another face into it."
         else:
-            n = round(len(self.cells) ** 0.5)
+            frames, n = self.asked[1].frames, self.asked[1].n
             self.hint.value = f"Faces for row {cell // n + 1}, column {cell % n + 1}, the surest first."
-            probability, rows = self.probabilities(), np.flatnonzero(self.frames.labels.numpy() == self.kind.value)
+            probability, rows = self.probabilities(), np.flatnonzero(frames.labels.numpy() == self.kind.value)
             self.offered = rows[np.argsort(probability[rows] if self.kind.value == 0 else -probability[rows], kind="stable")][:120].tolist()
         self.candidates.selected = -1
         self.candidates.labels = [self.words_of(row) for row in self.offered]
-        self.candidates.pictures = [thumbnail(self.frames.images[row], 56) for row in self.offered]
+        self.candidates.pictures = [thumbnail(frames.images[row], 56) for row in self.offered]
 
     def put_offered(self, place: int) -> None:
         """The face that was clicked, into the chosen cell."""
@@ -404,37 +436,53 @@ class GridExplorer(Quiet, widgets.VBox):
         row: int,  # of the frames
     ) -> None:
         """Another face in a cell."""
-        cells = self.cells.copy()
+        cells = self.composed.copy()
         cells[cell] = row
         self.show(cells)
 
     def words_of(self, row: int) -> str:
         """A frame in a few words."""
-        kind = self.frames.catalog.iloc[row]
+        kind = self.asked[1].frames.catalog.iloc[row]
         return f"{kind['method'] if kind['label'] == 1 else 'real'}, video {kind['video']}, p(fake) {self.probabilities()[row]:.3f}"
 
-    def open_source(self) -> None:
+    def open_source(
+        self,
+        then: Callable[[], None] | None = None,  # what to show; None: a dealt grid, or the run's worst
+    ) -> None:
         """Own grids, or those of a run."""
-        folder, self.chosen_cell = self.source.value, None
-        self.stepping.layout.display, self.dealing.layout.display = ("none", "flex") if folder == OWN else ("flex", "none")
+        folder = self.source.value
+        if folder == OWN or folder in self.opened:
+            return self.enter(self.opened.get(folder), then)
+
+        def say(words: str) -> None:
+            self.verdict.value = f'<div class="bcos-verdict" role="status">The run {html.escape(Path(folder).name)}: {html.escape(words)} …</div>'
+
+        def opened(run: GridRun) -> None:
+            self.opened[folder] = run
+            self.enter(run, then)
+
+        def failed(error: Exception) -> None:
+            with self.hold_changes():  # what is shown is still from before
+                self.source.value = OWN if self.run is None else str(self.run.folder)
+            self.tell()
+            self.failed(error)
+
+        self.give_up()
+        self.working("opening")
+        self.background.run("grid", lambda wanted: open_grid_run(folder, lambda words: self.background.say(say, words)), opened, failed)
+
+    def enter(self, run: GridRun | None, then: Callable[[], None] | None) -> None:
+        """The controls of a run's grids, or of one's own where there is none, and a grid."""
+        self.run, self.frames, self.chosen_cell = run, self.pool if run is None else run.grids.frames, None
+        self.stepping.layout.display, self.dealing.layout.display = ("none", "flex") if run is None else ("flex", "none")
         for control in (self.detector, self.deal_from, self.n, self.fakes):
-            control.disabled = folder != OWN
-        if folder == OWN:
-            self.run, self.frames = None, self.pool
-            self.deal()
-            return
-        if folder not in self.opened:
-            def say(words):
-                self.verdict.value = f'<div class="bcos-verdict" role="status">The run {html.escape(Path(folder).name)}: {html.escape(words)} …</div>'
-            self.working("opening")
-            self.opened[folder] = open_grid_run(folder, say)
-        self.run = self.opened[folder]
-        self.frames = self.run.grids.frames
-        with self.hold_changes():
-            self.rank.options = [(explainer_name(name), name) for name in self.run.explainers]
-            self.rank.value = self.run.explainers[0]
-            self.place.max, self.place.value = len(self.run.grids) - 1, 0
-        self.step_to(True)
+            control.disabled = run is not None
+        if run is not None:
+            with self.hold_changes():
+                self.rank.options = [(explainer_name(name), name) for name in run.explainers]
+                self.rank.value = run.explainers[0]
+                self.place.max, self.place.value = len(run.grids) - 1, 0
+        (then or (self.deal if run is None else self.step_to))()
 
     def step_to(self, anew: bool = False) -> None:
         """The grid at the slider's place between worst and best."""
@@ -446,10 +494,6 @@ class GridExplorer(Quiet, widgets.VBox):
                 self.place.value = 0
         number = int(self.order.index[self.place.value])
         self.show(self.run.grids.indices[number].numpy(), number)
-        near = [int(self.order.index[place]) for place in (self.place.value + 1, self.place.value - 1, self.place.value + 2) if 0 <= place < len(self.order)]
-        if getattr(self, "coming", None) is not None:
-            self.coming.cancel()
-        self.coming = self.cache.ahead(self.network, self.run.grids, near, self.wanted(), self.options(), windows=self.run.windows)
 
     def options(self, names: Sequence[str] | None = None) -> dict[str, dict]:
         """The options that a run's explainers had; those of `wanted` if none are named."""
@@ -465,32 +509,57 @@ class GridExplorer(Quiet, widgets.VBox):
         return wanted
 
     def show(self, cells: np.ndarray, number: int | None = None) -> None:
-        """Explains a grid and shows all of it; with a number, the run's grid of that number."""
+        """Explains a grid beside the kernel's thread and shows all of it; with a number, the run's grid of that number."""
+        network, frames, names, options = self.network, self.frames, self.wanted(), self.options()
         if number is not None:
             grids, row, windows = self.run.grids, number, self.run.windows
         else:
-            key = (id(self.frames), *map(int, cells))
-            grids = self.made.setdefault(key, as_grids(self.frames, cells))
+            key = (id(frames), *map(int, cells))
+            grids = self.made.setdefault(key, as_grids(frames, cells))
             self.made.move_to_end(key)
             while len(self.made) > 64:
                 self.made.popitem(last=False)
-            row, windows = 0, usual_windows(self.network, grids.cell)
+            row, windows = 0, usual_windows(network, grids.cell)
+        self.composed = np.asarray(cells)
         self.give_up()
         self.working("explaining")
-        self.asked = self.network, grids, row, windows
-        self.answers = self.cache.get_many(self.network, grids, row, self.wanted(), self.options(), windows=windows)
-        self.cells, self.number, self.grid = np.asarray(cells), number, grids.images([row])[0]
-        labels = self.frames.labels.numpy()[self.cells]
+
+        def work(wanted: Callable[[], bool]) -> dict[str, Attribution]:
+            def told(passed: int, expected: int | None) -> None:
+                if not wanted():
+                    raise Dropped  # the detector is free for what is wanted instead
+                self.background.say(self.passed, passed / max(expected or 2 * passed, passed, 1))
+
+            self.judged(network, frames, wanted)
+            return self.cache.get_many(network, grids, row, names, options, windows=windows, progress=told)
+
+        def then(answers: dict[str, Attribution]) -> None:
+            self.asked, self.answers, self.cells, self.number = (network, grids, row, windows), answers, np.asarray(cells), number
+            self.arrived()
+
+        self.background.run("grid", work, then, self.failed)
+
+    def arrived(self) -> None:
+        """Shows what is explained, and has the next grids of a run explained ahead."""
+        _, grids, row, windows = self.asked
+        frames, self.grid = grids.frames, grids.images([row])[0]
+        labels = frames.labels.numpy()[self.cells]
         self.fake_cells = np.flatnonzero(labels == 1).tolist()
         self.region = grids.regions([row])[0].numpy() if self.fake_cells else None
         self.board.columns, self.board.marked = grids.n, self.fake_cells
         self.board.side = {2: 126, 3: 84}.get(grids.n, 64)
         self.board.labels = [self.words_of(one) for one in self.cells]
-        self.board.pictures = [thumbnail(self.frames.images[one], 2 * self.board.side) for one in self.cells]
+        self.board.pictures = [thumbnail(frames.images[one], 2 * self.board.side) for one in self.cells]
         self.chosen_cell = self.chosen_cell if self.chosen_cell is not None and self.chosen_cell < len(self.cells) else None
         self.board.selected = -1 if self.chosen_cell is None else self.chosen_cell
         self.offer()
         self.explain_slowly()
+        if self.coming is not None:
+            self.coming.cancel()
+        if self.number is not None:
+            at = self.order.index.get_loc(self.number)
+            near = [int(self.order.index[place]) for place in (at + 1, at - 1, at + 2) if 0 <= place < len(self.order)]
+            self.coming = self.cache.ahead(self.network, grids, near, self.wanted(), self.options(), windows=windows)
 
     def draw(self, coming: str = "") -> None:
         """Maps and bars of what is explained; words in LIME's place while it is coming."""
@@ -550,8 +619,8 @@ class GridExplorer(Quiet, widgets.VBox):
             self.background.run("lime", work, then, failed)
 
     def passed(self, share: float) -> None:
-        """How far LIME is."""
-        if self.stop.layout.visibility == "visible":
+        """How far the network is."""
+        if self.bar.layout.visibility == "visible":
             self.bar.value = share
 
     def give_up(self) -> None:
@@ -578,32 +647,37 @@ class GridExplorer(Quiet, widgets.VBox):
             return
         found = [name for name in self.tables if self.winner(name) in self.fake_cells]
         probability = self.probabilities()[self.cells]
-        wrong = int(((probability > 0.5) != (self.frames.labels.numpy()[self.cells] == 1)).sum())
+        wrong = int(((probability > 0.5) != (self.asked[1].frames.labels.numpy()[self.cells] == 1)).sum())
         logits = next(iter(self.answers.values())).logits[0]
         parts = [f"the fake is found by <b>{len(found)} of {len(self.tables)}</b> explainers" if self.fake_cells else "there is no fake in this grid",
                  f"the detector calls the whole grid {'fake' if logits[1] > logits[0] else 'real'} (p(fake) {float(logits.softmax(0)[1]):.3f})",
                  f"alone, {wrong} of the {len(self.cells)} faces would be misclassified" if wrong else f"alone, all {len(self.cells)} faces are classified correctly"]
         if self.run is not None and self.number is not None:
             score = self.order[self.number]
-            parts.insert(0, f"{html.escape(detector_name(self.network.arch, self.network.b))}: grid {self.place.value + 1} of {len(self.order)}, from worst to best by {html.escape(explainer_name(self.rank.value))}, "
+            parts.insert(0, f"{html.escape(detector_name(self.network.arch, self.network.b))}: grid {self.order.index.get_loc(self.number) + 1} of {len(self.order)}, from worst to best by {html.escape(explainer_name(self.rank.value))}, "
                             f"score in the run {score:.4f} (threshold 0, weighted)")
         words = "; ".join(parts)
         self.verdict.value = f'<div class="bcos-verdict" role="status">{words[0].upper()}{words[1:]}.{f" The grid is {self.note}." if self.note and self.run is None else ""}</div>'
 
     def score_table(self) -> pd.DataFrame:  # explainer, cell, row, column, frame, label, weighted, unweighted
         """The shares of all cells at the chosen threshold."""
-        n, catalog = round(len(self.cells) ** 0.5), self.frames.catalog
+        if not self.tables:
+            raise ValueError("Nothing is shown yet, so there are no scores to save: deal a grid first.")
+        network, grids, *_ = self.asked
+        n, catalog = grids.n, grids.frames.catalog
         return pd.DataFrame([{
-            "detector": detector_name(self.network.arch, self.network.b), "explainer": name, "threshold": self.threshold.value, "row": cell // n + 1, "column": cell % n + 1,
+            "detector": detector_name(network.arch, network.b), "explainer": name, "threshold": self.threshold.value, "row": cell // n + 1, "column": cell % n + 1,
             "frame": catalog["frame"].iloc[row], "label": int(catalog["label"].iloc[row]), "weighted": float(self.shares(name, "weighted")[cell]),
             "unweighted": float(self.shares(name, "unweighted")[cell]), "winner": self.winner(name) == cell}
             for name in self.tables for cell, row in enumerate(self.cells)])
 
     def settings(self) -> dict:
-        """What brings this view back; frames by their names."""
+        """What brings this view back; frames by their names. ValueError where nothing is shown."""
+        if self.asked is None:
+            raise ValueError("Nothing is shown yet, so there are no settings to save: deal a grid first.")
         return {"detector": self.detector.value, "n": self.n.value, "fakes": self.fakes.value, "from": self.deal_from.value, "seed": self.seed.value,
                 "run": None if self.run is None else self.run.folder.name, "rank": self.rank.value, "place": self.place.value,
-                "cells": self.frames.catalog["frame"].iloc[self.cells].tolist(), "threshold": self.threshold.value, "weighting": self.weighting.value, "maps": self.style.value, "lime": self.lime.value}
+                "cells": self.asked[1].frames.catalog["frame"].iloc[self.cells].tolist(), "threshold": self.threshold.value, "weighting": self.weighting.value, "maps": self.style.value, "lime": self.lime.value}
 
     def restore(self, settings: dict) -> None:
         """Brings a saved view back. ValueError where its detector, run or frames are not here."""
@@ -618,13 +692,17 @@ class GridExplorer(Quiet, widgets.VBox):
             self.source.value = runs[settings["run"]] if settings["run"] else OWN
             self.lime.value = settings.get("lime", False)
         self.threshold.value, self.weighting.value, self.style.value = settings["threshold"], settings["weighting"], settings["maps"]
-        self.open_source() if settings["run"] or self.run is not None else None
-        if settings["run"]:
-            self.rank.value, self.place.value = settings["rank"], settings["place"]
-        else:
-            self.show(np.array([names[name] for name in settings["cells"]]))
+
+        def then() -> None:
+            if not settings["run"]:
+                return self.show(np.array([names[name] for name in settings["cells"]]))
+            with self.hold_changes():
+                self.rank.value, self.place.value = settings["rank"], settings["place"]
+            self.step_to()
+
+        self.open_source(then)
 
     def page(self) -> str:
-        """The grid, its maps and its scores as one HTML file."""
-        words = f"{detector_name(self.network.arch, self.network.b)}; the fake is outlined."
-        return canvas_page(self.canvas, "A grid of faces", words, self.score_table())
+        """The grid, its maps, bars and scores as one HTML file."""
+        table, words = self.score_table(), html.unescape(re.sub("<[^>]+>", "", self.verdict.value))
+        return canvas_page(self.canvas, "A grid of faces", f"{table.detector.iloc[0]}; the fake is outlined. {words}", table, below=[self.bars])

@@ -6,14 +6,14 @@
 __all__ = ['MOST_BYTES', 'MOST_PIXELS', 'LEAST_SIDE', 'FORMATS', 'WITHOUT_DOWNLOAD', 'UNKNOWN', 'LABELS', 'Refused',
            'check_bytes', 'is_called', 'read_own', 'as_rgb', 'opened_face_detector', 'find_face', 'confirmed',
            'face_matrix', 'whole_matrix', 'OwnImage', 'make_own', 'preview_of', 'folder_files', 'ImageDrop',
-           'OwnImages', 'OwnImagesExplorer']
+           'OwnFrames', 'OwnImages']
 
 # %% ../../nbs/widgets/own_images.ipynb #29387ccb
 import html
 import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,12 +29,7 @@ from PIL import Image, ImageCms, ImageOps
 import bcos_nb
 from ..data import Frames
 from ..data.preprocess import Face, FaceDetector, Preparation, crop, crop_matrix, face_detector, follow_face, pose_of, steady
-from ..explainers import usable_explainers
-from ..models import Detector
 from ..reports.figures import OUTLINE
-from ..reports.tables import explainer_name
-from .canvas import MapCanvas, Panel
-from .explanations import ExplanationCache, named_detectors
 
 # %% ../../nbs/widgets/own_images.ipynb #cdaba4e5
 MOST_BYTES, MOST_PIXELS, LEAST_SIDE = 25_000_000, 40_000_000, 16
@@ -323,6 +318,17 @@ class ImageDrop(anywidget.AnyWidget):
             self.send({"do": "go on", "number": number, "more": more})
 
 
+@dataclass(eq=False)
+class OwnFrames(Frames):
+    """Images of one's own as frames. `pictured` is what an explanation belongs to: it stays where another image comes or goes, or one is labelled."""
+
+    pictures: list[np.ndarray] = field(default_factory=list, repr=False)  # uint8 [size, size, 3] each
+
+    def pictured(self, row: int) -> np.ndarray:
+        """The picture of a row, the same object as long as it is the same picture."""
+        return self.pictures[row]
+
+
 class OwnImages(widgets.VBox):
     """Images of one's own: `own.frames` for the instruments, `own.add(name, content)` and `own.add_folder(path)` without a mouse."""
 
@@ -337,6 +343,7 @@ class OwnImages(widgets.VBox):
         whole: bool = False,  # take images whole at first
     ):
         self.size, self.enlarge, self.face_detectors, self.images = size, enlarge, tuple(detectors), []
+        self.cards: dict[OwnImage, widgets.Widget] = {}
         self.drop = ImageDrop(self.take, lambda name, size: self.guarded(check_bytes, size, name))
         self.path = widgets.Text(placeholder="or the path of a folder", layout=widgets.Layout(width="340px"), continuous_update=False)
         self.read = widgets.Button(description="Read folder", icon="folder-open", layout=widgets.Layout(width="130px"))
@@ -415,11 +422,15 @@ class OwnImages(widgets.VBox):
     def remove(self, image: OwnImage) -> None:
         """Forgets an image."""
         self.images.remove(image)
+        self.cards.pop(image).close()
         self.show()
 
     def show(self) -> None:
-        """The gallery anew, and another version of the frames."""
-        self.gallery.children = [self.card(image) for image in self.images]
+        """The gallery, and another version of the frames."""
+        for image in self.images:
+            if image not in self.cards:
+                self.cards[image] = self.card(image)
+        self.gallery.children = [self.cards[image] for image in self.images]
         self.version += 1
 
     def card(self, image: OwnImage) -> widgets.Widget:
@@ -443,10 +454,26 @@ class OwnImages(widgets.VBox):
         """Another label, or the other picture."""
         for name, value in what.items():
             setattr(image, name, value)
+        if "use_whole" in what:  # its card has other pictures and words; a label leaves everything where it is, the focus too
+            self.cards.pop(image).close()
+        self.show()
+
+    def settings(self) -> list[dict]:
+        """What was said of each image, as JSON holds it; not the images."""
+        return [{"name": image.name, "label": image.label, "whole": image.use_whole} for image in self.images]
+
+    def restore(self, settings: Sequence[dict]) -> None:
+        """What was once said of those images that are here, by their names."""
+        said = {one["name"]: one for one in settings}
+        for image in self.images:
+            if (one := said.get(image.name)) and (one["label"], one["whole"]) != (image.label, image.use_whole):
+                image.label = one["label"] if one["label"] in LABELS.values() else UNKNOWN
+                image.use_whole = bool(one["whole"]) or image.face is None and image.use_whole
+                self.cards.pop(image).close()
         self.show()
 
     @property
-    def frames(self) -> Frames:
+    def frames(self) -> OwnFrames:
         """The images as frames: label −1 where nobody has said what they are, masks empty. Raises Refused where there is none."""
         ready = [image for image in self.images if image.ready]
         if not ready:
@@ -455,76 +482,4 @@ class OwnImages(widgets.VBox):
         names, labels = [image.name for image in ready], [image.label for image in ready]
         catalog = pd.DataFrame({"frame": names, "mask": None, "video": names, "label": labels, "method": "own image", "source_frame": None})
         catalog.attrs.update(dataset="own images", compression=None)
-        return Frames(pictures, torch.zeros(len(ready), 1, self.size, self.size, dtype=torch.uint8), torch.tensor(labels), names, catalog)
-
-# %% ../../nbs/widgets/own_images.ipynb #e577f19b
-class OwnImagesExplorer(widgets.VBox):
-    """Own images above, what each detector says of the chosen one and why below."""
-
-    def __init__(
-        self,
-        detectors: Detector | Mapping[str, Detector],  # one, or name in print to detector
-        explainers: Sequence[str] = ("bcos", "gradcam", "layercam"),  # columns
-        *,
-        size: int = Preparation.size,  # side of the frames, pixels
-        own: OwnImages | None = None,  # images that are shared with another instrument
-        cache: ExplanationCache | None = None,  # or explanations
-        side: int = 220,  # of a picture on the screen, pixels
-    ):
-        self.detectors, self.explainers = named_detectors(detectors), list(explainers)
-        self.own, self.cache, self.frames = OwnImages(size) if own is None else own, ExplanationCache() if cache is None else cache, None  # empty ones are false
-        self.chosen = widgets.Dropdown(description="image", layout=widgets.Layout(width="420px"), style={"description_width": "70px"})
-        self.threshold = widgets.FloatSlider(value=0.0, min=0, max=1, step=0.01, description="threshold", layout=widgets.Layout(width="420px"), style={"description_width": "70px"})
-        self.bar = widgets.IntProgress(max=len(self.detectors), description="explaining", layout=widgets.Layout(width="240px", visibility="hidden"))
-        self.canvas = MapCanvas(side=side, threshold=0.0, outline=False, description="what each detector sees in the chosen image")
-        self.message = widgets.HTML()
-        self.link = widgets.jslink((self.threshold, "value"), (self.canvas, "threshold"))
-        super().__init__([self.own, widgets.HBox([self.chosen, self.threshold, self.bar]), self.message, self.canvas])
-        self.add_class("bcos-own-explorer")
-        self.own.observe(lambda change: self.offer(), "version")
-        self.chosen.observe(lambda change: self.guarded(), "value")
-        self.offer()
-
-    def offer(self) -> None:
-        """Fills the menu with the images that can be looked at, and stays with the chosen one or goes to the newest."""
-        self.frames = self.own.frames if len(self.own) else None
-        names = self.frames.catalog.frame.tolist() if self.frames is not None else []
-        newest = bool(names) and len(names) > len(self.chosen.options)
-        kept = self.chosen.value if self.chosen.value in names and not newest else (names or [None])[-1]
-        self.chosen.options, self.chosen.value = names, kept
-        self.guarded()
-
-    def guarded(self) -> None:
-        """Shows the chosen image, or writes what is wrong."""
-        try:
-            self.message.value = ""
-            self.show()
-        except Exception as error:
-            self.message.value = f'<div class="bcos-refused" role="alert">{html.escape(f"{type(error).__name__}: {error}")}</div>'
-
-    def show(self) -> None:
-        """Explains the chosen image by every detector and shows all maps."""
-        if self.frames is None or self.chosen.value is None:
-            self.canvas.show([])
-            self.message.value = '<span class="bcos-own bcos-faint">The maps of your image will be here.</span>'
-            return
-        row = self.frames.catalog.frame.tolist().index(self.chosen.value)
-        image = self.frames.images[row].permute(1, 2, 0).numpy()
-        self.bar.value, self.bar.layout.visibility, panels, verdicts = 0, "visible", [], []
-        try:
-            for detector in self.detectors.values():
-                wanted = [name for name in self.explainers if name in usable_explainers(detector)]
-                found = self.cache.get_many(detector, self.frames, row, wanted) if wanted else {}
-                panels.append([self.panel(image, found[name]) if name in found else "cannot serve this detector" for name in self.explainers])
-                probability = next((float(answer.logits[0].softmax(0)[1]) for answer in found.values()), float("nan"))
-                verdicts.append(f"{'fake' if probability > 0.5 else 'real'}, p(fake) {probability:.3f}")
-                self.bar.value += 1
-        finally:
-            self.bar.layout.visibility = "hidden"
-        names = [f"{name}: {words}" for name, words in zip(self.detectors, verdicts)]
-        self.canvas.show([[None if k else Panel(image, description="the image"), *line] for k, line in enumerate(panels)], ["image", *map(explainer_name, self.explainers)], names)
-
-    def panel(self, image: np.ndarray, answer) -> Panel:
-        """One map."""
-        parts = {name: value[0].numpy() for name in ("contributions", "rgba") if (value := getattr(answer, name)) is not None}
-        return Panel(image, answer.maps[0].numpy(), **parts, description=f"{explainer_name(answer.method)} map for fake")
+        return OwnFrames(pictures, torch.zeros(len(ready), 1, self.size, self.size, dtype=torch.uint8), torch.tensor(labels), names, catalog, [image.picture for image in ready])

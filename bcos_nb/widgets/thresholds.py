@@ -28,8 +28,8 @@ from ..games.grid import frame_batch, mask_batch
 from ..models import Detector
 from ..reports.figures import curve_colour
 from ..reports.tables import arch_name, b_name, explainer_name
-from .explanations import ExplanationCache
-from .explorer import AnyFrames, Instrument, Shown, dropdown, flow
+from .explanations import ExplanationCache, version_of
+from .explorer import AnyFrames, Instrument, Shown, dropdown, flow, readable
 
 if "jsonschema" not in sys.modules:  # which FigureWidget imports; where it finds this package, it spends a second on a grammar that notebooks do not need
     there = sys.modules.setdefault("rfc3987_syntax", None)
@@ -86,8 +86,8 @@ def region_sums(
     some = fakes[np.unique(np.linspace(0, len(fakes) - 1, min(len(fakes), most)).round().astype(int))] if len(fakes) else fakes
     sums, counts = {None: torch.zeros(1, 1, dtype=torch.float64)}, {}
     if len(some):
-        regions = mask_batch(frames, torch.as_tensor(some)) >= 1 - 1e-6
-        for video, region in zip(frames.catalog["video"].astype(str).to_numpy()[some], regions):
+        there, regions, _ = readable(lambda rows: mask_batch(frames, rows) >= 1 - 1e-6, torch.as_tensor(some))
+        for video, region in zip(frames.catalog["video"].astype(str).to_numpy()[there.numpy()], () if regions is None else regions):
             if bool(region.any()):
                 sums[video] = sums.get(video, 0) + region.double()
                 sums[None] = sums[None] + region.double()
@@ -135,17 +135,24 @@ def mean_curves(
     wanted: Callable[[], bool] = lambda: True,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, pd.DataFrame] | None:  # explainer to measure, threshold, mean, low, high, videos, samples; None where nobody wants it any more
-    """Mean and interval of all measures at every step of the slider."""
-    batches = [batch for batch in torch.as_tensor(rows).split(batch_size)]
-    videos, regions = frames.catalog["video"].astype(str).to_numpy(), OtherRegions()
+    """Mean and interval of all measures at every step of the slider, of the frames that can be read. Raises the error of one where none can."""
+    videos, regions, batches, errors = frames.catalog["video"].astype(str).to_numpy(), OtherRegions(), [], {}
+    for batch in torch.as_tensor(rows).split(batch_size):
+        there, inside, wrong = readable(lambda some: mask_batch(frames, some) >= 1 - 1e-6, batch)
+        errors |= wrong
+        if inside is not None:
+            regions.add(inside, videos[there])
+            batches.append((there, inside))
     alone = len(set(videos[rows])) == 1  # nothing to be specific against
-    for batch in batches:
-        regions.add(mask_batch(frames, batch) >= 1 - 1e-6, videos[batch])
     found: dict[str, dict[str, list]] = {name: {} for name in explainers}
-    for k, batch in enumerate(batches):
+    for k, (batch, inside) in enumerate(batches):
         if not wanted():
             return None
-        images, inside = frame_batch(frames, batch, with_mask=True)
+        there, images, wrong = readable(lambda some: frame_batch(frames, some)[0], batch)
+        errors |= wrong
+        if images is None:
+            continue
+        batch, inside = there, inside[torch.isin(batch, there)]
         some = inside.flatten(1).any(1)
         with cache.using(detector):
             answers = explain_many(detector, images.to(next(detector.parameters()).device), list(explainers), target, need_rgba=False)
@@ -158,6 +165,8 @@ def mean_curves(
                 for measure, scores in values.items():
                     found[name].setdefault(measure, []).append((scores.double().numpy(), batch[some].numpy()))
         progress((k + 1) / len(batches))
+    if len(errors) == len(rows):
+        raise next(iter(errors.values()))
     return {name: intervals(parts, videos) for name, parts in found.items()}
 
 
@@ -192,7 +201,9 @@ def curve_plots(
     figure.update_annotations(font=dict(color=GREY, size=12))
     figure.update_xaxes(range=[0, 1], fixedrange=True, gridcolor="rgba(128,135,144,0.25)", zeroline=False, title=dict(text="threshold", standoff=4))
     figure.update_yaxes(fixedrange=True, gridcolor="rgba(128,135,144,0.25)", zeroline=True, zerolinecolor="rgba(128,135,144,0.5)", rangemode="tozero")
-    return go.FigureWidget(figure.add_traces(traces))
+    plots = go.FigureWidget(figure.add_traces(traces))
+    plots._config = plots._config | {"displaylogo": False}  # a link to somebody's site
+    return plots
 
 
 def see_through(
@@ -250,7 +261,7 @@ class ThresholdExplorer(Instrument):
     ):
         super().__init__(detectors, frames, explainers, **{"threshold": 0.5, "rows": 1, "columns": 4, **options})
 
-    number = itertools.count()
+    counter = itertools.count()
 
     def make_parts(self) -> None:
         """The button to play, the curves and whose they are."""
@@ -263,7 +274,9 @@ class ThresholdExplorer(Instrument):
         self.kept_means: dict[tuple, pd.DataFrame] = {}
         self.regions: dict = {}
         self.plot = widgets.Box([])  # where the curves are, as soon as there are any
-        self.canvas.marks = f"bcos-curves-{next(self.number)}"
+        number = next(self.counter)
+        self.canvas.marks, self.canvas.belongs = f"bcos-curves-{number}", f"bcos-of-curves-{number}"
+        self.plot.add_class(self.canvas.belongs), self.table.add_class(self.canvas.belongs)
         for control in (self.scope, self.most):
             control.observe(lambda change: self.quiet or self.draw(), "value")
         self.threshold.observe(lambda change: self.show_table(), "value")
@@ -285,7 +298,7 @@ class ThresholdExplorer(Instrument):
 
     def arrived(self) -> None:
         """Another frame or other maps: curves and means follow when nobody steps on."""
-        self.background.soon("draw", self.draw, 0.12)
+        self.background.soon("draw", self.draw, 0.12, self.failed)
 
     def named(self) -> dict[tuple[int, int], tuple[str, str, float | None, int]]:
         """For each place with a map: name of its curve, explainer, B and its place among the B."""
@@ -336,7 +349,8 @@ class ThresholdExplorer(Instrument):
 
     def mean_of(self, name, frames, fakes, explainers, target, wanted, told) -> dict[str, pd.DataFrame] | None:
         """Means of one detector; what was worked out before is there still."""
-        keys = {explainer: (name, id(frames), fakes.tobytes(), target, explainer) for explainer in explainers}
+        version = version_of(self.detectors[name])
+        keys = {explainer: (name, version, id(frames), fakes.tobytes(), target, explainer) for explainer in explainers}
         missing = [explainer for explainer, key in keys.items() if key not in self.kept_means]
         if missing:
             found = mean_curves(self.detectors[name], frames, fakes, missing, self.cache, target=target, wanted=wanted, progress=told)
