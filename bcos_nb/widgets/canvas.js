@@ -524,10 +524,10 @@ function render({ model, el }) {
   }
 
   async function drawing(svg) {  // plotly's curves
-    const copy = svg.cloneNode(true), box = svg.getBoundingClientRect(), image = new Image();
+    const copy = svg.cloneNode(true), box = svg.getBoundingClientRect();
     copy.setAttribute("width", box.width);
     copy.setAttribute("height", box.height);
-    image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(new XMLSerializer().serializeToString(copy))}`;
+    const image = Object.assign(new Image(), { src: `data:image/svg+xml;charset=utf-8,${encodeURIComponent(new XMLSerializer().serializeToString(copy))}` });
     await image.decode();
     return image;
   }

@@ -70,7 +70,7 @@ def traits_of(
     widget: anywidget.AnyWidget,
 ) -> dict:  # name to value
     """What a widget of the package shows, without what ipywidgets and anywidget keep in it."""
-    own = [name for kind in type(widget).__mro__ if kind.__module__.startswith("bcos_nb.") for name in vars(kind) if name in widget.traits()]
+    own = [name for kind in type(widget).__mro__ if kind.__module__.startswith("bcos_nb.") for name in vars(kind) if name in widget.traits() and not name.startswith("_")]
     return {name: getattr(widget, name) for name in own if widget.traits()[name].metadata.get("sync")}
 
 
