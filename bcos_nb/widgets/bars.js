@@ -25,9 +25,11 @@ function render({ model, el }) {
       const key = make("div", "bcos-key", root);
       make("div", "", key, "share of each cell,");
       make("div", "bcos-top", key, "");
-      make("div", "bcos-key-fake", key, "the fake");
-      make("div", "bcos-key-real", key, "real faces");
-      make("div", "bcos-key-chance", key, `chance, 1/${n * n}`);
+      for (const [name, words] of [["fake", "the fake"], ["real", "real faces"], ["chance", `chance, 1/${n * n}`]]) {
+        const line = make("div", "", key);
+        make("i", `bcos-key-${name}`, line);
+        line.append(words);
+      }
     }
     charts = (content.charts || []).map((chart) => {
       const figure = make("div", "bcos-chart", root), plot = make("div", "bcos-plot", figure);

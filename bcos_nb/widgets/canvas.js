@@ -502,7 +502,7 @@ function render({ model, el }) {
     for (let node = walker.nextNode(); node; node = walker.nextNode()) {
       const parent = node.parentElement, style = getComputedStyle(parent);
       if (!node.data.trim() || !parent.getClientRects().length || style.visibility === "hidden" || parent.closest("svg, style, .bcos-label, .modebar-container")) continue;
-      sheet.font = `${style.fontWeight} ${style.fontSize} ${style.fontFamily}`;
+      const first = getComputedStyle(parent, "::first-line").fontWeight;
       sheet.fillStyle = style.color;
       sheet.globalAlpha = Number(style.opacity);
       sheet.textBaseline = "middle";
@@ -516,6 +516,7 @@ function render({ model, el }) {
         if (to < node.length && next.top < here.bottom - 2) continue;
         range.setStart(node, from); range.setEnd(node, to);
         const line = range.getBoundingClientRect();
+        sheet.font = `${from === 0 ? first : style.fontWeight} ${style.fontSize} ${style.fontFamily}`;
         sheet.fillText(node.data.slice(from, to), line.left + x, (line.top + line.bottom) / 2 + y);
         from = to;
       }
@@ -543,12 +544,13 @@ function render({ model, el }) {
         sheet.drawImage(element, ...at);
       } else {
         if (!/, 0\)|transparent/.test(style.backgroundColor)) { sheet.fillStyle = style.backgroundColor; sheet.fillRect(...at); }
-        for (const [side, top] of [["Top", at[1]], ["Bottom", at[1] + at[3]]]) {
+        const [left, upper, right, lower] = [at[0], at[1], at[0] + at[2], at[1] + at[3]];
+        for (const [side, ...line] of [["Top", left, upper, right, upper], ["Bottom", left, lower, right, lower], ["Left", left, upper, left, lower], ["Right", right, upper, right, lower]]) {
           if (style[`border${side}Style`] === "none") continue;
           sheet.lineWidth = parseFloat(style[`border${side}Width`]);
           sheet.strokeStyle = style[`border${side}Color`];
           sheet.setLineDash(style[`border${side}Style`] === "solid" ? [] : [2, 2]);
-          sheet.beginPath(); sheet.moveTo(at[0], top); sheet.lineTo(at[0] + at[2], top); sheet.stroke();
+          sheet.beginPath(); sheet.moveTo(line[0], line[1]); sheet.lineTo(line[2], line[3]); sheet.stroke();
           sheet.setLineDash([]);
         }
         if (style.outlineStyle === "solid") {
@@ -563,16 +565,18 @@ function render({ model, el }) {
 
   async function whole() {  // everything that is shown, and what belongs to it, as one picture with its words
     const others = model.get("belongs") ? [...document.querySelectorAll(`.${model.get("belongs")}`)].filter((one) => one.getClientRects().length && one.textContent.trim()) : [];
-    const parts = [table, ...others].map((root) => ({ root, box: root.getBoundingClientRect() })), density = 2, pad = 12;
+    const parts = [table, ...others].map((root) => ({ root, box: root.getBoundingClientRect() })).sort((a, b) => a.box.top - b.box.top), density = 2, pad = 12;
+    const left = Math.min(...parts.map(({ box }) => box.left));
+    const across = ({ root, box }) => Math.max(...[...root.querySelectorAll("*")].map((one) => one.getBoundingClientRect().right).filter((right) => right <= box.right)) - left;
     const sheet = document.createElement("canvas"), context = sheet.getContext("2d");
-    sheet.width = Math.ceil(Math.max(...parts.map(({ box }) => box.width)) + 2 * pad) * density;
+    sheet.width = Math.ceil(Math.max(...parts.map(across)) + 2 * pad) * density;
     sheet.height = Math.ceil(parts.reduce((sum, { box }) => sum + box.height + pad, pad)) * density;
     context.scale(density, density);
     context.fillStyle = getComputedStyle(root).getPropertyValue("--bcos-ground").trim() || "#ffffff";
     context.fillRect(0, 0, sheet.width, sheet.height);
     let top = pad;
     for (const { root: part, box } of parts) {
-      await shapes(context, part, pad - box.left, top - box.top);
+      await shapes(context, part, pad - left, top - box.top);
       top += box.height + pad;
     }
     return sheet;

@@ -11,6 +11,7 @@ __all__ = ['AnyFrames', 'HIDINGS', 'STYLE', 'ALL', 'SOURCES', 'SLOW', 'MOST_READ
 # %% ../../nbs/widgets/explorer.ipynb #9625c5bb
 import asyncio
 import html
+import itertools
 import logging
 import math
 import threading
@@ -256,7 +257,8 @@ STYLE = """<style>
 .bcos-explorer table { border-collapse: collapse; font-size: 12px; line-height: 1.5; font-variant-numeric: tabular-nums; }
 .bcos-explorer td, .bcos-explorer th { padding: 1px 10px 1px 0; text-align: right; } .bcos-explorer td:first-child, .bcos-explorer th:first-child { text-align: left; }
 .bcos-explorer .bcos-flow { flex-wrap: wrap; } .bcos-explorer .bcos-doing, .bcos-explorer .bcos-doing .widget-html-content { min-height: 0; line-height: 1.2; } .bcos-explorer .progress { height: 6px; margin: 0; }
-.bcos-explorer .widget-toggle-buttons { flex-wrap: nowrap; width: auto; }
+.bcos-explorer .widget-toggle-buttons { display: flex; align-items: center; width: auto; } .bcos-explorer .widget-toggle-buttons > div { display: flex; }
+.bcos-explorer .bcos-range .widget-readout { width: 84px; box-shadow: none; }
 </style>"""
 ALL = (0.0, 1.0)
 
@@ -318,7 +320,7 @@ class FrameChooser(Quiet, widgets.VBox):
         self.slider = widgets.IntSlider(min=0, max=0, description="frame", readout=False, continuous_update=False, style={"description_width": "44px"},
                                         layout=widgets.Layout(width="420px"))
         self.position = widgets.HTML()
-        self.slider.add_class("bcos-frame"), self.position.add_class("bcos-verdict")
+        self.confidence.add_class("bcos-range"), self.slider.add_class("bcos-frame"), self.position.add_class("bcos-verdict")
         self.strip = MapCanvas(plain=True, side=picture, arrows="frames", description="filmstrip: arrow keys choose the frame", outline=False)
         for control in (self.set, self.method, self.judge, self.verdict, self.order, self.confidence):
             control.observe(lambda change: self.quiet or self.guarded(self.set_changed if change.owner is self.set else self.filter), "value")
@@ -1056,12 +1058,15 @@ class AttributionExplorer(Instrument):
 
     name, title = "attributions", "Attributions of a face"
     takes_own = with_frame = True
+    counter = itertools.count()
 
     def make_parts(self) -> None:
         """The menu of hidings and the table of what is said then."""
         self.hiding = widgets.ToggleButtons(options=HIDINGS, description="hide box", tooltips=["blurred", "grey", "as in the frame that the fake was made from"],
                                             style={"description_width": "66px", "button_width": "110px"})
         self.table = widgets.HTML()
+        self.canvas.belongs = f"bcos-of-box-{next(self.counter)}"
+        self.table.add_class(self.canvas.belongs)
         self.hidden: dict[str, tuple[Tensor, Tensor]] = {}  # detector to logits [2], of the frame and with the box hidden
         self.hiding.observe(lambda change: self.quiet or self.hide(), "value")
         self.canvas.observe(lambda change: self.hide(), "brush")

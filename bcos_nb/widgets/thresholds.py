@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'MEASURES', 'DASHES', 'GREY', 'kept_shares', 'other_mean', 'region_sums', 'frame_curves', 'sampled_fakes',
-           'mean_curves', 'intervals', 'curve_plots', 'see_through', 'curve_traces', 'form_of', 'ThresholdExplorer',
-           'interval_words']
+           'mean_curves', 'intervals', 'curve_plots', 'see_through', 'on_any_ground', 'curve_traces', 'form_of',
+           'ThresholdExplorer', 'interval_words']
 
 # %% ../../nbs/widgets/thresholds.ipynb #37b7a755
 import html
@@ -26,7 +26,7 @@ from ..explainers import EXPLAINERS, Attribution, explain_many
 from ..games import OtherRegions, score_intervals, score_maps, score_table
 from ..games.grid import frame_batch, mask_batch
 from ..models import Detector
-from ..reports.figures import curve_colour
+from ..reports.figures import contrast, curve_colour
 from ..reports.tables import arch_name, b_name, explainer_name
 from .explanations import ExplanationCache, version_of
 from .explorer import AnyFrames, Instrument, Shown, dropdown, flow, readable
@@ -214,13 +214,26 @@ def see_through(
     return f"rgba({', '.join(str(int(colour[k:k + 2], 16)) for k in (1, 3, 5))}, {opacity})"
 
 
+def on_any_ground(
+    colour: str,  # "#rrggbb"
+) -> str:
+    """The colour, mixed with white or black until it has a contrast of 3 to a white and to a dark page: a figure doesn't know on which it is seen."""
+    red, green, blue = (int(colour[k:k + 2], 16) for k in (1, 3, 5))
+    for share in range(0, 100, 2):
+        for end in (0, 255):
+            mixed = "#" + "".join(f"{round(part + (end - part) * share / 100):02x}" for part in (red, green, blue))
+            if min(contrast(mixed, "#ffffff"), contrast(mixed, "#111111")) >= 3:
+                return mixed
+    raise ValueError(f"{colour!r} has no shade that is seen on white and on black.")
+
+
 def curve_traces(
     curves: Mapping[tuple[str, str, float | None, int], dict[str, np.ndarray]],  # name, explainer, B and its place among the B, to measure to [101] or [3, 101]: mean, low, high
 ) -> list[go.Scatter]:
     """Lines for the four plots, with bands where there are intervals."""
     traces = []
     for (name, explainer, b, place), measured in curves.items():
-        colour = curve_colour(explainer, b)
+        colour = on_any_ground(curve_colour(explainer, b))
         for k, measure in enumerate(MEASURES):
             values = measured.get(measure)
             if values is None:
