@@ -5,6 +5,7 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -173,6 +174,13 @@ def shoot(page, name: str, selector: str = ".bcos-explorer") -> None:
     page.locator(selector).first.evaluate("element => element.scrollIntoView({block: 'start'})")
     page.wait_for_timeout(300)
     page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+def nameless(page, selector: str = ".bcos-explorer") -> list[str]:
+    """The controls for which a screen reader has a role and no name."""
+    page.wait_for_timeout(600)  # names that ipywidgets leaves out are given twice a second
+    lines = page.locator(selector).first.aria_snapshot().splitlines()
+    return [line for line in lines if re.match(r"\s*- (button|checkbox|combobox|slider|spinbutton|textbox|listbox|option|progressbar|link|img)(?! \")\b", line)]
 
 
 STEP = """async (steps) => {

@@ -6,16 +6,18 @@ import time
 import numpy as np
 import pytest
 import torch
-from browser import DETECTORS, demo, lab, open_notebook, shoot, theme  # noqa: F401
+from browser import DETECTORS, demo, lab, nameless, open_notebook, shoot, theme  # noqa: F401
+from PIL import Image
 
 from bcos_nb.data import load_frames, read_catalog
 from bcos_nb.explainers import explain
 from bcos_nb.games import localization_scores, specificity
 from bcos_nb.models import load_detector
-from bcos_nb.reports.figures import heat_overlay
+from bcos_nb.reports.figures import curve_colour, heat_overlay
 from bcos_nb.widgets import MapCanvas, Panel
 from bcos_nb.widgets.explorer import hidden_image
 from bcos_nb.widgets.saving import canvas_page
+from bcos_nb.widgets.thresholds import on_any_ground
 
 pytestmark = pytest.mark.browser
 
@@ -55,7 +57,7 @@ def expected(demo):
     return Expected(demo)
 
 
-PANEL = ".bcos-canvas:not(.bcos-plain) .bcos-panel:has(.bcos-stage)"  # a map, not a picture of the filmstrip
+PANEL = ".bcos-canvas:not(.bcos-plain) .bcos-panel:has(.bcos-kept)"  # a map, not a picture of the filmstrip nor the frame itself
 
 
 def numbers(page, panel, names=("weighted", "unweighted")):
@@ -195,7 +197,7 @@ def test_attributions(lab, expected, chromium):
                             "slider": ("threshold", "opacity", "frame"), "button": ("previous frame", "next frame", "blurred", "PNG", "restore")}.items():
             for name in names:
                 assert page.get_by_role(role, name=name, exact=role != "button").count() >= 1, (role, name)
-        assert page.get_by_role("img", name="B-cos map of ResNet-10, B = 2, p(fake)").count() == 1
+        assert page.get_by_role("img", name="B-cos map of ResNet-10, B = 2, p(fake)").count() == 1 and nameless(page) == []
         for kind in ("HTML", "CSV"):
             page.get_by_role("button", name=kind).click()
             page.locator(".bcos-saved", has_text=kind.lower()).wait_for()
@@ -292,6 +294,15 @@ def test_thresholds(lab, expected, chromium):
         assert f"mean of {count} frames" in page.locator(".bcos-means").inner_text()
         mean = localization_scores(maps, expected.inside, (stopped,))["weighted"].mean().item()
         wait_for(page, lambda: [float(page.locator(".bcos-means b").first.inner_text())], [mean])
+        # The picture that is saved has the curves too, and the table of means.
+        assert nameless(page) == []
+        page.get_by_role("button", name="PNG").click()
+        page.locator(".bcos-saved", has_text="png").wait_for()
+        saved = np.asarray(Image.open(next((lab.folder / "saved").glob("thresholds-*.png"))).convert("RGB")).astype(int)
+        curve = [int(on_any_ground(curve_colour("bcos", 2.0))[k:k + 2], 16) for k in (1, 3, 5)]
+        canvas, plots, table = (page.locator(place).first.bounding_box()["height"] for place in (".bcos-canvas:not(.bcos-plain) .bcos-table", ".js-plotly-plot", ".bcos-means"))
+        assert abs(saved.shape[0] / 2 - (canvas + plots + table)) < 80
+        assert (np.abs(saved[int(2 * canvas):int(2 * (canvas + plots))] - curve).max(2) < 12).sum() > 300
         theme(page, "JupyterLab Dark")
         shoot(page, "thresholds_dark")
         theme(page, "JupyterLab Light")

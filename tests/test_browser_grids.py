@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from browser import SCREENSHOTS, fill_demo, lab, open_notebook, shoot, theme  # noqa: F401
+from browser import fill_demo, lab, nameless, open_notebook, shoot, theme  # noqa: F401
 from PIL import Image
 from skimage import data
 
@@ -95,6 +95,22 @@ def test_grids(lab, demo, chromium):  # noqa: F811
         assert np.allclose(shown, fake.to_numpy(), atol=6e-5)
         assert np.allclose(shown, game_scores(demo, table, list(fake.index)), atol=2e-4)
 
+        # The picture and the page have the bars too; in the page they follow the threshold as they do here.
+        for kind in ("PNG", "HTML"):
+            saved.get_by_role("button", name=kind).click()
+            saved.get_by_text(re.compile(rf"Saved .*\.{kind.lower()}")).wait_for()
+        picture = np.asarray(Image.open(max((demo / "saved").glob("grids-*.png"))).convert("RGB")).astype(int)
+        assert (np.abs(picture[picture.shape[0] // 2:] - [0xd4, 0x57, 0x2f]).max(2) < 4).sum() > 100
+        alone = chromium.new_page()
+        alone.goto(max((demo / "saved").glob("grids-*.html")).as_uri())
+        assert winners(alone) == winners(page)
+        alone.locator("[data-trait=threshold]").focus()
+        for _ in range(30):
+            alone.keyboard.press("ArrowRight")
+        alone.wait_for_function("() => document.querySelector('output').innerText == '0.30'")
+        moved = winners(alone)
+        alone.close()
+
         handle = page.locator(".bcos-grids .bcos-threshold .noUi-handle")
         handle.focus()
         before = winners(page)
@@ -102,6 +118,7 @@ def test_grids(lab, demo, chromium):  # noqa: F811
             handle.press("ArrowRight")
         page.wait_for_function("() => document.querySelector('.bcos-threshold .widget-readout').innerText == '0.30'")
         wait_for_other(page, before)
+        assert winners(page) == moved and nameless(page, ".bcos-grids") == []
 
         # Another face for the first cell.
         before = page.locator(".bcos-thumbs.bcos-close img").first.get_attribute("src")
@@ -185,22 +202,42 @@ def test_own_images(lab, demo, files, chromium):  # noqa: F811
         page.get_by_text("large.jpg has 30.0 MB, more than 25.").wait_for()
         chosen.set_input_files(str(files / "astronaut.jpg"))
         page.get_by_text("face found by dlib").wait_for()
-        page.locator(".bcos-own-explorer .bcos-panel canvas").first.wait_for()
+        map_of = ".bcos-canvas:not(.bcos-plain) .bcos-panel:has(.bcos-kept)"
+        page.locator(map_of).nth(4).wait_for()
         expected = make_own((files / "astronaut.jpg").read_bytes(), "astronaut.jpg", 128)
-        image = torch.from_numpy(expected.face).permute(2, 0, 1)[None].float() / 255
-        said = page.locator(".bcos-own-explorer .bcos-row").all_inner_texts()
-        for name, words in zip(("ordinary", "bcos"), said):
+        image, said = torch.from_numpy(expected.face).permute(2, 0, 1)[None].float() / 255, {}
+        for name in ("ordinary", "bcos"):
             detector = load_detector(demo / "runs" / "demo" / "train" / f"resnet10-{name}" / "detector.safetensors").eval()
             with torch.no_grad():
-                probability = float(detector(image).softmax(1)[0, 1])
-            assert abs(float(words.rsplit(" ", 1)[1]) - probability) < 2e-3, words
-        shoot(page, "own_images", ".bcos-own-explorer")
+                said[name] = float(detector(image).softmax(1)[0, 1])
+        rows = page.locator(".bcos-canvas:not(.bcos-plain) .bcos-row")
+        for name, words in zip(said, rows.all_inner_texts()):
+            assert abs(float(re.search(r"p\(fake\) ([\d.]+)", words)[1]) - said[name]) < 2e-3 and not re.search("right|wrong", words), words
+        shoot(page, "own_images")
+        assert nameless(page) == []
+
+        # Saying what it is makes the verdict right or wrong; then the table, and the settings, which bring it back.
+        page.get_by_label("it is").select_option("real")
+        for name, row in zip(said, (0, 1)):
+            rows.nth(row).get_by_text(f": {'fake, wrong' if said[name] > 0.5 else 'real, right'}").wait_for()
+        for kind, ending in (("CSV", "csv"), ("settings", "json"), ("PNG", "png")):
+            page.locator(".bcos-save").get_by_role("button", name=kind).click()
+            page.get_by_text(re.compile(rf"Saved .*own_images-.*\.{ending}")).wait_for()
+        table = pd.read_csv(next((demo / "saved").glob("own_images-*.csv")))
+        assert np.allclose(table.groupby("detector", sort=False).probability.first(), list(said.values()), atol=1e-4) and set(table.label) == {0}
+        assert Image.open(next((demo / "saved").glob("own_images-*.png"))).size[0] > 1000
+        page.get_by_label("it is").select_option("fake")
+        rows.nth(0).get_by_text(f": {'fake, right' if said['ordinary'] > 0.5 else 'real, wrong'}").wait_for()
+        with page.expect_file_chooser() as chooser:
+            page.get_by_role("button", name="restore").click()
+        chooser.value.set_files(next((demo / "saved").glob("own_images-*.json")))
+        rows.nth(0).get_by_text(f": {'fake, wrong' if said['ordinary'] > 0.5 else 'real, right'}").wait_for()
 
         # 14 MB of noise, more than one message may have: it arrives in pieces, has no face, and is taken whole.
         chosen.set_input_files(str(files / "twelve.png"))
         page.get_by_text("In twelve.png no face was found").wait_for(timeout=120_000)
         page.get_by_role("button", name="use the whole image").last.click()
-        page.wait_for_function("() => [...document.querySelectorAll('.bcos-own-explorer select option')].some(one => one.innerText == 'twelve.png')")
+        page.locator(".bcos-plain .bcos-note", has_text="twelve.png").wait_for()
         page.locator("button[title='put this message away']").first.click()
         page.wait_for_function("() => document.querySelectorAll('.bcos-refused').length == 2")
         page.get_by_placeholder("or the path of a folder").fill(str(files))

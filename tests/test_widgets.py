@@ -20,7 +20,7 @@ from bcos_nb.widgets.explanations import named_detectors
 from bcos_nb.widgets.explorer import Background, Dropped, frame_sets, hidden_image, look
 from bcos_nb.widgets.own_images import make_own
 from bcos_nb.widgets.saving import canvas_page
-from bcos_nb.widgets.thresholds import STEPS
+from bcos_nb.widgets.thresholds import STEPS, mean_curves
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +241,71 @@ def test_saved_and_restored(attributions, tmp_path):
 def test_a_real_face_has_no_score(attributions):
     attributions.chooser.method.value = "real"
     assert attributions.shown.inside is None and attributions.score_table().weighted.isna().all() and attributions.message.value == ""
+
+
+@pytest.fixture
+def on_disk(tmp_path, frames):
+    """The same faces as files, of which one is gone, one is cut short and one has no mask that can be read."""
+    root = tmp_path / "data"
+    (root / "masks").mkdir(parents=True)
+    for k, name in enumerate("abcde"):
+        cv2.imwrite(str(root / f"{name}.png"), frames.images[k].permute(1, 2, 0).numpy()[..., ::-1])
+        cv2.imwrite(str(root / "masks" / f"{name}.png"), frames.masks[k, 0].numpy())
+    catalog = frames.catalog.assign(frame=[f"{name}.png" for name in "abcde"], mask=[f"masks/{name}.png" for name in "abcde"])
+    catalog.attrs.update(root=str(root), dataset="FaceForensics++", split="test")
+    (root / "c.png").write_bytes((root / "c.png").read_bytes()[:300]), (root / "d.png").unlink(), (root / "masks" / "e.png").write_bytes(b"no mask")
+    return catalog
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_a_last_batch_of_one_frame_counts_too(detectors, frames, count):
+    few = frames[torch.arange(1, 1 + count)]
+    table = mean_curves(detectors["ResNet-10, B = 2"], few, np.arange(count), ["gradcam"], ExplanationCache(), batch_size=2 if count > 1 else 8)["gradcam"]
+    expected = np.mean([scores_of(detectors["ResNet-10, B = 2"], few, row, "gradcam", 0.3)["weighted"] for row in range(count)])
+    assert table.query("measure == 'weighted' and threshold == 0.3")["mean"].item() == pytest.approx(expected, abs=1e-5) and set(table.samples) == {count}
+
+
+def test_a_broken_file_takes_away_itself_and_nothing_else(detectors, on_disk, tmp_path):
+    explorer = AttributionExplorer(detectors, on_disk, ["bcos", "gradcam"], folder=tmp_path, ahead=0)
+    strip = [panel["note"] for panel in explorer.chooser.strip.content["panels"]]
+    assert strip == ["Deepfakes", "unreadable", "unreadable", "unreadable"] and explorer.message.value == "" and explorer.shown.row == 1
+    for words in ("c.png cannot be decoded", "d.png is not there", "e.png cannot be decoded"):
+        explorer.chooser.step(1)
+        assert words in explorer.message.value and "alert" in explorer.message.value and explorer.shown.row == 1  # what is shown stays
+    explorer.chooser.step(1)
+    assert explorer.message.value == "" and explorer.shown.row == 1
+    explorer.chooser.order.value = "surest first"
+    assert "3 of 5 frames could not be read and are left out by these filters" in explorer.message.value and "c.png" in explorer.message.value
+    assert explorer.chooser.rows.tolist() == [1]
+
+
+def test_means_leave_out_what_cannot_be_read_and_say_how_many_they_are_of(detectors, on_disk, tmp_path):
+    explorer = ThresholdExplorer(detectors, on_disk, ["bcos", "gradcam"], folder=tmp_path, ahead=0)
+    assert explorer.message.value == "" and explorer.shown.row == 1  # the other masks, for specificity, are those that can be read
+    explorer.scope.index = 1
+    assert explorer.message.value == "" and set(explorer.means["samples"]) == {1}
+    b = on_disk.iloc[[1]].reset_index(drop=True)
+    b.attrs.update(on_disk.attrs)
+    alone = ThresholdExplorer(detectors, b, ["bcos", "gradcam"], folder=tmp_path, ahead=0)
+    assert np.allclose(explorer.means.query("measure == 'weighted'")["mean"], np.concatenate([alone.shown.curves[place]["weighted"] for place in sorted(alone.shown.curves)]), atol=1e-6)
+    (tmp_path / "data" / "b.png").unlink()
+    explorer.kept_means.clear()
+    explorer.draw()
+    assert "is not there" in explorer.message.value or "cannot be decoded" in explorer.message.value
+
+
+@pytest.mark.parametrize("content, words", [(b"{", "no JSON"), (b'{"instrument": "grids"}', "grids"), (b'{"instrument": "attributions"}', "not whole, or was changed by hand"),
+                                            (b'{"instrument": "attributions", "maps": 3}', "not whole, or was changed by hand")])
+def test_settings_that_are_none_are_refused_with_what_to_do(attributions, content, words):
+    attributions.saving.guarded(lambda: attributions.saving.restore_from(content, "mine.json"))
+    said = attributions.saving.said.value
+    assert words in said and "mine.json" in said and "alert" in said and "hoose a" in said.replace("choose another", "Choose another")
+
+
+def test_a_picture_that_the_browser_cannot_draw_is_said(attributions):
+    attributions.saving.buttons["PNG"].click()
+    attributions.canvas.hear(attributions.canvas, {"event": "no picture", "number": 1, "why": "SecurityError"}, [])
+    assert "SecurityError" in attributions.saving.said.value and "HTML" in attributions.saving.said.value and attributions.canvas.waiting == {}
 
 
 def test_explanations_are_shared_and_kept_within_bounds(detectors, frames, tmp_path):

@@ -141,7 +141,7 @@ def mean_curves(
         there, inside, wrong = readable(lambda some: mask_batch(frames, some) >= 1 - 1e-6, batch)
         errors |= wrong
         if inside is not None:
-            regions.add(inside, videos[there])
+            regions.add(inside, videos[there.numpy()])
             batches.append((there, inside))
     alone = len(set(videos[rows])) == 1  # nothing to be specific against
     found: dict[str, dict[str, list]] = {name: {} for name in explainers}
@@ -156,7 +156,7 @@ def mean_curves(
         some = inside.flatten(1).any(1)
         with cache.using(detector):
             answers = explain_many(detector, images.to(next(detector.parameters()).device), list(explainers), target, need_rgba=False)
-        contrast = None if alone else regions.contrast(inside, videos[batch].tolist())[some]
+        contrast = None if alone else regions.contrast(inside, videos[batch.numpy()].tolist())[some]
         measures = ["weighted", "unweighted", *([] if alone else ["specificity"])]
         for name, answer in answers.items():
             maps = answer.maps.cpu()[some]
