@@ -167,7 +167,7 @@ def game_scores(demo, table, names):
 
 def test_images_of_ones_own_in_attributions(lab, demo, files, chromium):  # noqa: F811
     with open_notebook(chromium, lab, "attributions.ipynb") as page:
-        map_of = ".bcos-canvas:not(.bcos-plain) .bcos-panel:has(.bcos-stage)"
+        map_of = ".bcos-canvas:not(.bcos-plain) .bcos-panel:has(.bcos-kept)"
         page.locator(f"{map_of} .bcos-score").first.wait_for(timeout=180_000)
         assert page.locator(".bcos-drop").count() == 0
         page.get_by_role("button", name="images of your own").click()

@@ -9,6 +9,7 @@ __all__ = ['MOST_BYTES', 'MOST_PIXELS', 'LEAST_SIDE', 'FORMATS', 'WITHOUT_DOWNLO
            'OwnFrames', 'OwnImages']
 
 # %% ../../nbs/widgets/own_images.ipynb #29387ccb
+import base64
 import html
 import io
 import warnings
@@ -442,11 +443,12 @@ class OwnImages(widgets.VBox):
         whole.observe(lambda change: self.change(image, use_whole=change.new), "value")
         away.on_click(lambda button: self.remove(image))
         words = widgets.HTML(f'<b>{html.escape(image.name)}</b><br><span class="bcos-faint">{html.escape(image.words)}</span>')
-        pictures = [widgets.Image(value=image.preview, format="jpeg", layout=widgets.Layout(max_height="120px", margin="0 10px 0 0"))]
+        told = "the outline is what was cut out" if image.face is not None else "no face was found in it"
+        pictures = [(image.preview, f"{image.name}, the whole image; {told}")]
         if image.ready:
-            frame = cv2.imencode(".jpg", image.picture[..., ::-1])[1].tobytes()
-            pictures.append(widgets.Image(value=frame, format="jpeg", layout=widgets.Layout(width="120px", height="120px", margin="0 10px 0 0")))
-        row = widgets.HBox([*pictures, widgets.VBox([words, widgets.HBox([label, whole, away])])], layout=widgets.Layout(margin="6px 0"))
+            pictures.append((cv2.imencode(".jpg", image.picture[..., ::-1])[1].tobytes(), f"{image.name}, as the detectors get it"))
+        shown = "".join(f'<img src="data:image/jpeg;base64,{base64.b64encode(content).decode()}" alt="{html.escape(words)}" style="height: 120px; margin-right: 10px">' for content, words in pictures)
+        row = widgets.HBox([widgets.HTML(f'<div style="white-space: nowrap">{shown}</div>'), widgets.VBox([words, widgets.HBox([label, whole, away])])], layout=widgets.Layout(margin="6px 0"))
         row.add_class("bcos-own-card")
         return row
 
