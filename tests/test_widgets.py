@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bcos_nb.data import Frames
+from bcos_nb.data import Frames, forge_dataset
 from bcos_nb.explainers import explain
 from bcos_nb.games import localization_scores, specificity
 from bcos_nb.models import create_detector, save_detector
@@ -442,3 +442,22 @@ def test_a_single_detector_names_itself_and_what_is_none_is_told(detectors, fram
         for explorer in (AttributionExplorer, ThresholdExplorer):
             with pytest.raises(TypeError, match=f"a mapping from names in print to detectors.*{got}"):
                 explorer(wrong, frames)
+
+
+def test_a_detector_that_is_gone_or_damaged_is_left_out_and_said(tmp_path):
+    forge_dataset(tmp_path / "data", identities=6, frames_per_video=1, size=48, compressions=("c23",), progress=False)
+    train = tmp_path / "runs" / "demo" / "train"
+    for name, b in (("good", 2), ("gone", 1.5), ("damaged", None)):
+        (train / name).mkdir(parents=True)
+        save_detector(create_detector("resnet10", b=b, width=0.25), train / name / "detector.safetensors")
+        (train / name / "metrics.json").write_text("{}"), (train / name / "params.json").write_text(json.dumps({"data": "data", "compression": "c23", "image_size": 48, "frames_per_video": 1}))
+    (train / "gone" / "detector.safetensors").unlink()
+    whole = (train / "damaged" / "detector.safetensors").read_bytes()
+    (train / "damaged" / "detector.safetensors").write_bytes(whole[:500])
+    opened = open_runs(tmp_path / "runs" / "demo")
+    assert [detector.b for detector in opened.detectors.values()] == [2]
+    said = opened.source.splitlines()
+    assert said[0].startswith("1 detectors of") and {line.split(":")[1].strip() for line in said[1:]} == {"gone", "damaged"} and all("train it anew" in line for line in said[1:])
+    (train / "good" / "detector.safetensors").write_bytes(whole[:500])
+    with pytest.raises(Exception, match="detector.safetensors"):
+        open_runs(tmp_path / "runs" / "demo")

@@ -63,15 +63,23 @@ def open_runs(
     split: str = "test",
     compression: str | None = None,  # None: that of the training
 ) -> Opened:
-    """Every trained detector of a folder of runs, and frames to look at.
+    """Every trained detector of a folder of runs, and frames to look at. One that is gone or damaged is left out, and `source` says so.
 
-    Raises FileNotFoundError if there is no detector, or the dataset isn't where the runs say it is.
+    Raises FileNotFoundError if there is no detector, or the dataset isn't where the runs say it is; the error of one if none can be loaded.
     """
     runs = Path(runs).resolve()
     folders = trained_runs(runs)
     if not folders:
         raise FileNotFoundError(f"There is no complete training run below {runs / 'train'}; run `bcos-nb demo`, or name another folder.")
-    loaded = sorted((load_detector(folder / "detector.safetensors") for folder in folders), key=lambda one: (one.arch, one.b or 0.0))
+    loaded, left_out = [], {file.parent.name: "its detector.safetensors is gone" for file in sorted(runs.glob("train/*/metrics.json")) if file.parent not in folders}
+    for folder in folders:
+        try:
+            loaded.append(load_detector(folder / "detector.safetensors"))
+        except Exception as error:
+            left_out[folder.name] = " ".join(str(error).split()) or type(error).__name__
+            if folder == folders[-1] and not loaded:
+                raise
+    loaded.sort(key=lambda one: (one.arch, one.b or 0.0))
     params = json.loads((folders[0] / "params.json").read_text(encoding="utf-8"))
     size = params.get("image_size") or loaded[0].image_size or 128
     catalogs = split_catalogs(find_data(params["data"], runs), params.get("dataset", "FaceForensics++"), compression or params.get("compression") or "c23",
@@ -81,7 +89,9 @@ def open_runs(
     for detector in loaded:
         name = detector_name(detector.arch, detector.b)
         detectors[name if name not in detectors else f"{name} #{len(detectors)}"] = detector
-    return Opened(detectors, catalog, size, f"{len(detectors)} detectors of {runs}, {len(catalog)} frames of the {split} split", catalogs)
+    source = f"{len(detectors)} detectors of {runs}, {len(catalog)} frames of the {split} split"
+    source += "".join(f"\nLeft out: {name}: {why}. Remove {runs / 'train' / name} and run the grid again to train it anew." for name, why in left_out.items())
+    return Opened(detectors, catalog, size, source, catalogs)
 
 
 def split_catalogs(
