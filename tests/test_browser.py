@@ -296,7 +296,7 @@ def test_thresholds(lab, expected, chromium):
         wait_for(page, lambda: [float(page.locator(".bcos-means b").first.inner_text())], [mean])
         # The picture that is saved has the curves too, and the table of means.
         assert nameless(page) == []
-        page.get_by_role("button", name="PNG").click()
+        page.locator(".bcos-save").get_by_role("button", name="PNG").click()
         page.locator(".bcos-saved", has_text="png").wait_for()
         saved = np.asarray(Image.open(next((lab.folder / "saved").glob("thresholds-*.png"))).convert("RGB")).astype(int)
         curve = [int(on_any_ground(curve_colour("bcos", 2.0))[k:k + 2], 16) for k in (1, 3, 5)]

@@ -622,8 +622,11 @@ function render({ model, el }) {
       const pressed = String(button.classList.contains("mod-active"));
       if (button.getAttribute("aria-pressed") !== pressed) button.setAttribute("aria-pressed", pressed);
     }
-    const bar = all.querySelectorAll(".progress:not([role])");
-    bar.forEach((one) => { one.setAttribute("role", "progressbar"); one.setAttribute("aria-label", "how far the network is"); });
+    for (const bar of all.querySelectorAll(".progress:not([role])")) {
+      bar.setAttribute("role", "progressbar");
+      bar.setAttribute("aria-label", "how far the network is");
+    }
+    for (const drawing of all.querySelectorAll(".js-plotly-plot svg:not([aria-hidden])")) drawing.setAttribute("aria-hidden", "true");  // lines and numbers without order
     for (const figure of all.querySelectorAll(".js-plotly-plot:not([role])")) {
       figure.setAttribute("role", "group");
       figure.setAttribute("aria-label", "curves over the threshold; “CSV” saves their values as a table");
