@@ -196,6 +196,8 @@ def test_hidden_regions(attributions, detectors, frames):
         with torch.no_grad():
             for name, detector in detectors.items():
                 assert torch.allclose(attributions.hidden[name][1], detector(hidden)[0], atol=1e-5), (how, name)
+    page = attributions.page()
+    assert all(f"{logits[1].softmax(0)[1]:.3f}</b>" in page for logits in attributions.hidden.values()) and "pixels at 10, 5: from the source frame" in page
     attributions.chooser.go(3)  # its source frame is gone
     assert 'role="alert"' in attributions.table.value
     attributions.canvas.brush = None

@@ -1116,6 +1116,10 @@ class AttributionExplorer(Instrument):
         self.table.value = (f"<table><tr><th>{right - left} × {bottom - top} pixels at {left}, {top}: {'from the source frame' if how == 'source frame' else how}</th>"
                             f"<th>logit real</th><th>logit fake</th><th>p(fake)</th></tr>{rows}</table>")
 
+    def more_of_page(self) -> str:
+        """What the detectors say without the box."""
+        return self.table.value if self.hidden else ""
+
     def score_table(self) -> pd.DataFrame:
         """The scores, with what the detectors say without the box."""
         table = super().score_table()
