@@ -140,10 +140,11 @@ def train_taste(
 ) -> Opened:
     """A small dataset and a small detector trained on it, made if they aren't there."""
     folder = Path(folder)
-    data = forge_dataset(folder / "data", identities=identities, frames_per_video=frames_per_video, size=size, compressions=("c23",))
     run = folder / "train" / f"resnet10-{'ordinary' if b is None else f'b{b:g}'}"
     if not (run / "metrics.json").is_file():
-        print(f"No trained detectors here yet: training a small one on a small dataset, once, into {folder}.")
+        print(f"No trained detectors here yet: forging a small dataset and training a small detector on it, once, into {folder}.")
+    data = forge_dataset(folder / "data", identities=identities, frames_per_video=frames_per_video, size=size, compressions=("c23",))
+    if not (run / "metrics.json").is_file():
         train, val = (load_frames(read_catalog(data, "FaceForensics++", split, "c23"), size, with_mask=False) for split in ("train", "val"))
         torch.manual_seed(0)
         detector = create_detector("resnet10", b=b, width=0.25, stem="fine")
