@@ -32,7 +32,7 @@ from ..data.frames import rows_of
 from ..detection import score_frames
 from ..explainers import Attribution, usable_explainers
 from ..games import localization_scores
-from ..games.grid import Grids, build_grids, frame_batch, sureness, usual_windows
+from ..games.grid import Grids, build_grids, usual_windows
 from ..models import Detector, load_detector
 from ..reports.tables import detector_name, explainer_name
 from .canvas import MapCanvas, Panel

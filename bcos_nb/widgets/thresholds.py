@@ -22,7 +22,7 @@ import torch
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from ..explainers import EXPLAINERS, Attribution, explain_many
+from ..explainers import Attribution, explain_many
 from ..games import OtherRegions, score_intervals, score_maps, score_table
 from ..games.grid import frame_batch, mask_batch
 from ..models import Detector
