@@ -586,7 +586,7 @@ ICONS = {"chevron-left": "‹", "chevron-right": "›", "random": "⤨", "th": "
 
 
 def app_template() -> str:
-    """Voilà's page without what it would fetch from the internet: icons are letters, so that the app works offline."""
+    """Voilà's page without what it would fetch from the internet, icons are letters, so that the app works offline; and without what is for a notebook."""
     cdn = "https://cdn.jsdelivr.net/npm/@fortawesome/fontawesome-free@^5/css/"
     styles = " ".join(f'.fa-{name}::before {{ content: "{letter}"; }}' for name, letter in ICONS.items())
     return f"""{{%- extends 'lab/index.html.j2' -%}}
@@ -597,6 +597,9 @@ def app_template() -> str:
 #rendered_cells {{ max-width: 1260px; margin: 0 auto; }}
 </style>
 {{%- endblock notebook_css -%}}
+{{%- block markdowncell scoped -%}}
+{{{{ super() | replace("Run all cells. ", "") }}}}
+{{%- endblock markdowncell -%}}
 """
 
 

@@ -56,7 +56,7 @@ def app(demo):
             said = process.stdout.readline()
             address, token = re.search(r"(http://127\.0\.0\.1:\d+)/\?token=([0-9a-f]{48})", said).groups()
             assert not address.endswith(f":{wanted}")
-            for _ in range(600):
+            for _ in range(1800):
                 try:
                     socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1])), timeout=1).close()
                     break
@@ -117,6 +117,7 @@ def test_the_instruments_work_in_it(app, chromium):  # noqa: F811
     for name in names:
         page.goto(f"{address}/voila/render/{name}.ipynb")  # the cookie of the first page is enough
         page.locator(shown[name]).first.wait_for()
+        assert not page.get_by_text("Run all cells").count() and page.get_by_text("if it was run").count()
         assert page.evaluate("document.body.dataset.jpThemeLight") == "false"
         if page.locator(".bcos-threshold .noUi-handle").count():
             handle = page.locator(".bcos-threshold .noUi-handle").first
