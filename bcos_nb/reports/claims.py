@@ -38,10 +38,10 @@ from scipy import stats
 from ..data.catalog import NAMED_AFTER
 from ..detection.metrics import video_scores
 from ..games.statistics import percentile_tail
-from .detection_tables import NAMES, results_of
+from .detection_tables import results_of
 from .localization_tables import with_scenes
 from .paper import paper_arch, read_paper
-from .tables import arch_name, b_name, detector_name, explainer_name, guidance_of
+from .tables import DATASET_NAMES, arch_name, b_name, detector_name, explainer_name, guidance_of
 
 # %% ../../nbs/reports/claims.ipynb #04fb8bb3
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class DetectionRuns:
             about = about.iloc[0]
             if about.train_compression in ("c23", "own"):
                 family = paper_arch(about.arch) or about.arch
-                found.append((about.arch != family, about.guidance, about.run, (NAMES.get(about.train_set, about.train_set), family, plain_b(about.b)), file.parent))
+                found.append((about.arch != family, about.guidance, about.run, (DATASET_NAMES.get(about.train_set, about.train_set), family, plain_b(about.b)), file.parent))
         self.folders = {key: folder for *_, key, folder in sorted(found, key=lambda one: one[:3], reverse=True)}  # the first overwrites the others
 
     def metric(self, metric: str, arch: str, b: float | None, test_set: str, compression: str, train_set: str, level: str) -> Estimate:
@@ -241,7 +241,7 @@ class DetectionRuns:
         if folder not in self._scores:
             self._scores[folder] = pd.read_parquet(folder / "scores.parquet")
         scores = self._scores[folder]
-        scores = scores[scores["dataset"].replace(NAMES).eq(test_set) & scores["compression"].fillna("own").isin([compression, "own"])]
+        scores = scores[scores["dataset"].replace(DATASET_NAMES).eq(test_set) & scores["compression"].fillna("own").isin([compression, "own"])]
         where = test_set if compression == "c23" else f"{test_set} at {compression}"
         if scores.empty:
             return unknown(f"not tested on {where}: {who}")

@@ -28,7 +28,7 @@ from matplotlib.patches import Rectangle
 from plotly.subplots import make_subplots
 
 from bcos_nb.reports.tables import (
-    CONTROLS, STUDY_EXPLAINERS, Examples, Runs, b_name, detector_name, explainer_name, is_control,
+    CONTROLS, DATASET_NAMES, STUDY_EXPLAINERS, Examples, Runs, b_name, detector_name, explainer_name, is_control,
 )
 
 # %% ../../nbs/reports/figures.ipynb #b34bc976
@@ -370,7 +370,7 @@ def training_names(
     for column in ("dataset", "guidance", "run"):
         if column in trained:
             twice = trained.groupby("name")["name"].transform("size").gt(1) & trained.groupby("name")[column].transform("nunique").gt(1)
-            trained.loc[twice, "name"] = trained.loc[twice, "name"] + ", " + trained.loc[twice, column].astype(str)
+            trained.loc[twice, "name"] = trained.loc[twice, "name"] + ", " + trained.loc[twice, column].replace(DATASET_NAMES).astype(str)
     return dict(zip(trained["run"], trained["name"]))
 
 

@@ -37,7 +37,7 @@ from bcos_nb.reports.localization_tables import (
 from .paper import paper_arch
 from .search_figures import fragility_table, in_order, search_figure, search_label
 from .setting_tables import dataset_table, guidance_rows, guidance_table, setting_table
-from .tables import CONTROLS, arch_name, asked_runs, b_name, command_for, detector_name, explainer_name, is_control, load_runs, missing_runs, preset_of_folder, unique_detectors
+from .tables import CONTROLS, DATASET_NAMES, arch_name, asked_runs, b_name, command_for, detector_name, explainer_name, is_control, load_runs, missing_runs, preset_of_folder, unique_detectors
 
 # %% ../../nbs/reports/report_parts.ipynb #3d5d01c8
 def read_folder_searches(
@@ -392,7 +392,7 @@ class Report:
         done, preset, asked = listing[listing["status"] == "complete"], preset_of_folder(self.root), asked_runs(self.root)
         listed = {folder.resolve() for folder in listing["folder"]}
         more = asked[~asked["folder"].map(Path.resolve).isin(listed).astype(bool)]  # not begun, or of an experiment that is no row of the tables
-        datasets = ", ".join(sorted({str(name) for name in trained.get("dataset", []) if pd.notna(name)})) or "an unnamed dataset"
+        datasets = ", ".join(sorted({DATASET_NAMES.get(name, str(name)) for name in trained.get("dataset", []) if pd.notna(name)})) or "an unnamed dataset"
         by_arch = {arch_name(arch): [] for arch, _ in detectors}
         for arch, b in detectors:
             by_arch[arch_name(arch)].append("ordinary" if math.isnan(b) else f"{b:g}")

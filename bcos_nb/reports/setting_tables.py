@@ -15,7 +15,7 @@ import pandas as pd
 from ..data.catalog import METHOD_OF_LABEL, SPLITS, find_index, index_table
 from .formats import Cell, Table
 from .paper import paper_arch, read_paper
-from .tables import KEYS, Runs, arch_name, b_name, read_json
+from .tables import DATASET_NAMES, KEYS, Runs, arch_name, b_name, read_json
 from ..training.loop import FitConfig
 
 # %% ../../nbs/reports/setting_tables.ipynb #e234d52c
@@ -99,7 +99,7 @@ def dataset_table(
             cells = [Cell(number(ours), study=number(theirs)) for ours, theirs in pairs]
             splits = [getattr(row, split) for split in SPLITS]
             cells += [Cell(number(row.frames)), Cell(" / ".join(map(number, splits)) if row.found else "–"), Cell(row.why or f"in {row.data}")]
-            body.append((row.dataset, cells))
+            body.append((DATASET_NAMES.get(row.dataset, row.dataset), cells))
         groups += [(heading, body)] if body else []
     return Table("table_V", "Table V", "What the datasets hold, counted in their JSONs: videos (of one compression), forgery methods, compressions; frames of all compressions; videos of the training, "
                  "validation and test split. In grey the study’s, of the real datasets.", ["Real", "Fake", "Videos", "Methods", "Compressions", "Frames", "Train / val / test", "Where"],
