@@ -225,6 +225,10 @@ def test_the_very_backbone_goes_before_its_relative(tmp_path):
     put_run(tmp_path, "resnet34", 2.0, "FaceForensics++", [("FaceForensics++", "c23", ())], 0.7, name="z-another-seed")
     one = cell(all_tables(tmp_path), "I", "resnet34", 2.0, "FaceForensics++", "auc")
     assert one.ours == pytest.approx(0.8) and one.run == "resnet34-2.0" and one.others == 2
+    heading, rows = detection_table(all_tables(tmp_path)["I"]).groups[0]
+    ours, more = heading.split(". Not shown: ")
+    assert "ours is ResNet-34" in ours and "ResNet-10" in more and "ResNet-34" not in more  # the other seed is called as the one that is shown
+    assert [name for name, _ in rows if "more" in name] == ["B = 2 (+2 more)"]
 
 
 def test_a_guided_training_does_not_stand_for_the_studys(tmp_path):

@@ -19,7 +19,7 @@ from bcos_nb.batch.plan import (
     Pace, bench_pace, by_experiment, calibrate, count_frames, gantt, grid_work, long_clock, measured_pace, network_of, plan_grid, shortest, simulate, size, stated_pace, work_of, write_plan,
 )
 from bcos_nb.batch.presets import load_preset, preset_jobs
-from bcos_nb.batch.runs import write_json
+from bcos_nb.batch.runs import clock, write_json
 
 grids = st.integers(1, 6).flatmap(lambda n: st.tuples(
     st.lists(st.integers(1, 6), min_size=n, max_size=n), st.lists(st.sampled_from(list(itertools.combinations(range(n), 2)) or [(0, 0)]), max_size=6, unique=True), st.integers(1, 3),
@@ -283,6 +283,11 @@ def test_the_page_can_be_read_offline(tmp_path):
 @pytest.mark.parametrize("seconds, said", [(9, "9 s"), (600, "10:00"), (3600 * 7.5, "7.5 hours"), (86400 * 3.25, "3.2 days")])
 def test_long_times_as_a_person_says_them(seconds, said):
     assert long_clock(seconds) == said
+
+
+@pytest.mark.parametrize("seconds, said", [(0.4, "0 s"), (187, "3:07"), (3787, "1:03:07"), (48 * 3600 - 1, "47:59:59"), (48 * 3600, "2.0 days"), (9775 * 3600, "407.3 days")])
+def test_clocks_do_not_count_hours_by_the_thousand(seconds, said):
+    assert clock(seconds) == said
 
 
 @pytest.mark.parametrize("count, said", [(2e3, "2 kB"), (3.1e6, "3.1 MB"), (116e9, "116 GB"), (2.5e12, "2.5 TB")])

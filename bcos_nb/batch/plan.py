@@ -710,9 +710,7 @@ def plan_grid(
 
 def long_clock(seconds: float) -> str:  # such as 3.2 days, 7.5 hours, 12:40
     """A long time as a person would say it."""
-    if seconds >= 2 * 86400:
-        return f"{seconds / 86400:.1f} days"
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else clock(seconds)
+    return f"{seconds / 3600:.1f} hours" if 3600 <= seconds < 2 * 86400 else clock(seconds)
 
 
 def size(count: float) -> str:  # such as 3.1 GB

@@ -338,8 +338,10 @@ def read_progress(run_dir: str | os.PathLike) -> tuple[str, float | None]:  # te
     return note.get("text", ""), note.get("fraction")
 
 
-def clock(seconds: float) -> str:  # 7 s, 3:07, 1:03:07
+def clock(seconds: float) -> str:  # 7 s, 3:07, 1:03:07, 3.2 days
     """A duration as a person would read it."""
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:.1f} days"
     seconds = int(round(seconds))
     if seconds < 60:
         return f"{seconds} s"

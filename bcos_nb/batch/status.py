@@ -235,9 +235,7 @@ class Outlook:
         parts = [f"{count} {said[source]}" for source, count in self.sources.items() if count]
         if not any(count for source, count in self.sources.items() if source):
             return f"no estimate, for nothing like {'it' if sum(self.sources.values()) == 1 else 'them'} was measured"
-        from bcos_nb.batch.plan import long_clock
-
-        return f"about {clock(self.seconds) if self.seconds < 86400 else long_clock(self.seconds)} ({', '.join(parts)})"
+        return f"about {clock(self.seconds)} ({', '.join(parts)})"
 
 
 def outlook(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DETECTION_TABLES', 'SUBSETS', 'RESULT_COLUMNS', 'KEY', 'SHORT', 'READING', 'study_rows', 'read_results',
-           'result_rows', 'results_of', 'old_results', 'described', 'our_rows', 'study_table', 'row_name',
-           'detection_cell', 'detection_table', 'table_caption', 'all_tables']
+           'result_rows', 'results_of', 'old_results', 'described', 'first_of', 'heading_of', 'our_rows', 'study_table',
+           'row_name', 'detection_cell', 'detection_table', 'table_caption', 'all_tables']
 
 # %% ../../nbs/reports/detection_tables.ipynb #71a36869
 import json
@@ -112,10 +112,31 @@ def described(
 KEY = ["arch", "b", "test_set", "compression", "metric"]
 
 
+def first_of(
+    runs: pd.DataFrame,   # run, stands_for; those to prefer before others
+    key: Sequence[str],   # columns of what a run can stand for
+) -> pd.DataFrame:  # the first run of each, with others (how many more there are) and instead (what these are)
+    """Which run is shown where several could stand."""
+    groups = runs.groupby(list(key), dropna=False, sort=False)
+    instead = groups["stands_for"].transform(lambda names: "; ".join(dict.fromkeys(names.iloc[1:])))
+    return runs.assign(others=groups["run"].transform("size").sub(1), instead=instead).drop_duplicates(list(key))
+
+
+def heading_of(
+    cells: pd.DataFrame,  # stands_for, and instead where it is known
+    name: str,            # the study's
+) -> str:
+    """What of ours a group of rows is, and what could have stood there too."""
+    ours, *instead = (list(dict.fromkeys(part for text in cells[column].dropna() for part in text.split("; ") if part))
+                      for column in ("stands_for", "instead") if column in cells)
+    more = [part for parts in instead for part in parts if part not in ours]
+    return (f"{name}: ours is {'; '.join(ours)}" if ours else f"{name}: no run of ours") + (f". Not shown: {'; '.join(more)}" if more else "")
+
+
 def our_rows(
     results: pd.DataFrame,  # of read_results
     study: pd.DataFrame,    # of study_rows
-) -> pd.DataFrame:  # KEY and run, stands_for, others, ours, low, high, video, video_low, video_high, chosen
+) -> pd.DataFrame:  # KEY and run, stands_for, others, instead, ours, low, high, video, video_low, video_high, chosen
     """Our numbers for one table, under the study's names for backbones and test sets."""
     train_set, level = study["train_set"].iloc[0], study["compression"].iloc[0]
     ours = results.assign(family=results["arch"].map(paper_arch), test_set=[
@@ -127,13 +148,12 @@ def our_rows(
     ours = ours.drop_duplicates(["run", "train_set", "stands_for", "test_set", "metric", "level", "threshold"])
     # The very backbone before its relatives, as the study trained before guided by masks, then the first by name.
     ours = ours.assign(other=ours["arch"] != ours["family"]).sort_values(["other", "guidance", "run"], kind="stable")
-    runs = ours[["family", "b", "run"]].drop_duplicates()
-    first = runs.drop_duplicates(["family", "b"]).assign(others=runs.groupby(["family", "b"], dropna=False)["run"].transform("size").sub(1))
-    ours = ours.merge(first, on=["family", "b", "run"])
+    runs = ours[["family", "b", "run", "stands_for"]].drop_duplicates(["family", "b", "run"])
+    ours = ours.merge(first_of(runs, ["family", "b"]).drop(columns="stands_for"), on=["family", "b", "run"])
     ours = ours.assign(arch=ours["family"], compression=level)
     frames, videos, chosen = (ours[(ours["level"] == where) & (ours["threshold"] == threshold)] for where, threshold in
                               (("frame", "0.5"), ("video", "0.5"), ("frame", "validation")))
-    table = frames[[*KEY, "run", "stands_for", "others", "value", "low", "high"]].rename(columns={"value": "ours"})
+    table = frames[[*KEY, "run", "stands_for", "others", "instead", "value", "low", "high"]].rename(columns={"value": "ours"})
     videos = videos[[*KEY, "value", "low", "high"]].rename(columns={"value": "video", "low": "video_low", "high": "video_high"})
     return table.merge(videos, on=KEY, how="left").merge(chosen[[*KEY, "value"]].rename(columns={"value": "chosen"}), on=KEY, how="left")
 
@@ -152,7 +172,7 @@ def study_table(
     rows = rows.assign(place=rows["arch"].map(order)).sort_values(["place", "b"], na_position="first", kind="stable").drop(columns="place")
     cells = rows.merge(columns, how="cross").assign(table=table, train_set=study["train_set"].iloc[0], compression=study["compression"].iloc[0])
     cells = cells.merge(ours, on=KEY, how="left").merge(study.rename(columns={"value": "study"})[[*KEY, "study", "note"]], on=KEY, how="left")
-    names = ["table", "arch", "b", "train_set", "test_set", "compression", "metric", "ours", "low", "high", "study", "note", "run", "stands_for", "others",
+    names = ["table", "arch", "b", "train_set", "test_set", "compression", "metric", "ours", "low", "high", "study", "note", "run", "stands_for", "others", "instead",
              "video", "video_low", "video_high", "chosen"]
     return with_agreement(cells[names].assign(note=cells["note"].fillna("")))
 
@@ -186,11 +206,11 @@ def detection_table(
     best = values.groupby([cells["test_set"], cells["metric"]]).transform("max").eq(values) & values.notna()
     groups = []
     for arch, group in cells.groupby("arch", sort=False):
-        ours, rows = "; ".join(dict.fromkeys(group["stands_for"].dropna())), []
+        rows = []
         for b, row in group.groupby("b", sort=False, dropna=False):
             others = row["others"].max()
             rows.append((b_name(b) + (f" (+{others:.0f} more)" if others > 0 else ""), [detection_cell(cell, best[cell.Index]) for cell in row.itertuples()]))
-        groups.append((f"{arch_name(arch)}: {f'ours is {ours}' if ours else 'no run of ours'}", rows))
+        groups.append((heading_of(group, arch_name(arch)), rows))
     both, number = len(sets) > 1 and len(names) > 1, cells["table"].iloc[0]
     labels = [METRICS[metric] if len(sets) == 1 or both else SHORT.get(test_set, test_set) for test_set, metric in columns]
     top = [(SHORT.get(name, name), len(names)) for name in sets] if both else []
@@ -205,7 +225,7 @@ def table_caption(
     text = DETECTION_TABLES[number][0].upper() + DETECTION_TABLES[number][1:] + (f"; {METRICS[metrics.pop()]}" if len(metrics) == 1 else "")
     lacking = cells.groupby(["arch", "b"], dropna=False)["ours"].apply(lambda ours: ours.isna().all()).sum()
     more = cells["others"].max() > 0
-    return text + "." + (f" {lacking} of its rows have no run." if lacking else "") + (" Where several runs could stand in a row, as smaller networks or guided trainings, one is shown and the others are counted." if more else "")
+    return text + "." + (f" {lacking} of its rows have no run." if lacking else "") + (" Where several runs could stand in a row, as smaller networks or guided trainings, one is shown; the others are counted, and named above the rows." if more else "")
 
 
 def all_tables(

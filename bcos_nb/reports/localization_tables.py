@@ -9,8 +9,7 @@ __all__ = ['LOCALIZATION_TABLES', 'TABLE_GAMES', 'LOCALIZATION_FIGURES', 'SAME_T
            'read_game_run', 'with_scenes', 'reduce_scores', 'against_controls', 'seats', 'in_main_table',
            'explainer_order', 'ordered_rows', 'localization_table_cells', 'method_cells', 'measure_cells',
            'figure_rows', 'figure_curves', 'figure_boxes', 'curve_group', 'curve_name', 'draw_curves', 'legend_height',
-           'draw_boxes', 'row_label', 'heading_of', 'game_cells', 'localization_table', 'spread_table', 'main_rows',
-           'caption_of']
+           'draw_boxes', 'row_label', 'game_cells', 'localization_table', 'spread_table', 'main_rows', 'caption_of']
 
 # %% ../../nbs/reports/localization_tables.ipynb #96a56cd5
 import html
@@ -27,7 +26,7 @@ import plotly.graph_objects as go
 from matplotlib.colors import to_rgb
 
 from ..games.statistics import box_data, compare_explainers, score_intervals
-from .detection_tables import described
+from .detection_tables import described, first_of, heading_of
 from .figures import EXPLAINER_MARKERS, LAYOUT, curve_colour
 from .formats import Cell, Table, agreement
 from .paper import paper_arch, read_paper
@@ -192,18 +191,16 @@ def against_controls(
 
 # %% ../../nbs/reports/localization_tables.ipynb #638049d2
 CELL_COLUMNS = ["table", "game", "arch", "b", "explainer", "weighting", "ours", "low", "high", "specificity", "specificity_low", "specificity_high", "study", "note",
-                "run", "stands_for", "others", "samples", "scenes", "chance", "agreement"]
+                "run", "stands_for", "others", "instead", "samples", "scenes", "chance", "agreement"]
 KEY = ["game", "arch", "b", "explainer", "weighting"]
 
 
 def seats(
     games: Games,
-) -> pd.DataFrame:  # PLAYER_COLUMNS, others, first (of its backbone in its game); arch is the study's, ordinary before B-cos
+) -> pd.DataFrame:  # PLAYER_COLUMNS, others, instead, first (of its backbone in its game); arch is the study's, ordinary before B-cos
     """The run that stands for each backbone and B in each game: the very backbone before its relatives, trained as the study did before guided by masks, then the first by name."""
     players = games.players.assign(other=games.players["arch"] != games.players["family"]).sort_values(["other", "guidance", "run"], kind="stable")
-    key = ["game", "family", "b"]
-    count = players.groupby(key, dropna=False)["run"].transform("size").sub(1)
-    chosen = players.assign(others=count).drop_duplicates(key).sort_values(["game", "family", "b"], na_position="first", kind="stable")
+    chosen = first_of(players, ["game", "family", "b"]).sort_values(["game", "family", "b"], na_position="first", kind="stable")
     return chosen.assign(arch=chosen["family"], first=~chosen.duplicated(["game", "family"])).drop(columns="other").reset_index(drop=True)
 
 
@@ -238,7 +235,7 @@ def ordered_rows(
 def localization_table_cells(
     runs: str | Path | Games,  # folder of runs, or what `read_games` made of it
     table: str,                # a key of LOCALIZATION_TABLES
-) -> pd.DataFrame:  # CELL_COLUMNS; arch is the study's, b is NaN for ordinary networks, others counts runs that could stand there too
+) -> pd.DataFrame:  # CELL_COLUMNS; arch is the study's, b is NaN for ordinary networks, others counts runs that could stand there too, instead names them
     """One of the study's localization tables, a cell a row: the study's rows, then those that only we have."""
     study, games = study_scores(table), read_games(runs)
     sitting = seats(games)
@@ -445,12 +442,6 @@ def draw_boxes(
 def row_label(explainer: str, b: float, with_b: bool = True) -> str:
     """A row's name within a backbone or detector."""
     return explainer_name(explainer) if is_control(explainer) or not with_b or (math.isnan(b) and explainer != "bcos") else f"{explainer_name(explainer)}, {b_name(b)}"
-
-
-def heading_of(cells: pd.DataFrame, name: str) -> str:
-    """What of ours a group of rows is."""
-    ours = "; ".join(dict.fromkeys(cells["stands_for"].dropna()))
-    return f"{name}: ours is {ours}" if ours else f"{name}: no run of ours"
 
 
 def game_cells(
