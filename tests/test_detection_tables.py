@@ -215,8 +215,24 @@ def test_ours_stand_beside_them(tables):
 def test_in_domain_and_across_are_not_mixed(tmp_path):
     put_run(tmp_path, "resnet34", None, "FF-DF", [("FF-DF", "c23", ()), ("UADFV", "own", ())], 0.7)  # trained on another set
     put_run(tmp_path, "resnet34", 2.0, "FaceForensics++", [("FaceForensics++", "c23", FOUR)], 0.6, compression="c40")  # at another compression
-    put_run(tmp_path, "vgg16", 2.0, "FaceForensics++", [("FaceForensics++", "c23", FOUR)], 0.6)  # of another family
     assert all(cells.ours.isna().all() for cells in all_tables(tmp_path).values())
+
+
+def test_backbones_that_the_study_does_not_have_come_after_its_own(tmp_path):
+    """Each in rows of its own, ordinary before B-cos, with no number of the study's beside."""
+    for arch, b, value in (("vgg16", 2.0, 0.6), ("densenet121", 1.25, 0.7), ("vgg16", None, 0.8), ("densenet121", 2.0, 0.75)):
+        put_run(tmp_path, arch, b, "FaceForensics++", [("FaceForensics++", "c23", FOUR)], value)
+    tables = all_tables(tmp_path)
+    for number in ("I", "VII", "IX"):
+        rows = tables[number][["arch", "b"]].drop_duplicates().astype(object)
+        last = [(arch, None if b != b else b) for arch, b in rows.tail(4).itertuples(index=False)]
+        assert last == [("densenet121", 1.25), ("densenet121", 2.0), ("vgg16", None), ("vgg16", 2.0)] and rows.head(-4).equals(study_table(read_results(tmp_path).iloc[:0], number)[["arch", "b"]].drop_duplicates().astype(object))
+    assert tables["VIII"]["ours"].isna().all() and tables["XI"]["ours"].isna().all()
+    ours = tables["I"].dropna(subset="ours")
+    assert set(ours["arch"]) == {"vgg16", "densenet121"} and ours["study"].isna().all()
+    assert cell(tables, "I", "vgg16", 2.0, "FaceForensics++", "auc").ours == pytest.approx(0.6)
+    headings = [heading for heading, _ in detection_table(tables["I"]).groups]
+    assert [heading.split(":")[0] for heading in headings[-2:]] == ["DenseNet-121", "VGG-16"] and "no run" in headings[0] and "ours is" in headings[-1]
 
 
 def test_the_very_backbone_goes_before_its_relative(tmp_path):

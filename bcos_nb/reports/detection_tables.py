@@ -10,6 +10,7 @@ __all__ = ['DETECTION_TABLES', 'SUBSETS', 'RESULT_COLUMNS', 'KEY', 'SHORT', 'REA
 # %% ../../nbs/reports/detection_tables.ipynb #71a36869
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -126,10 +127,11 @@ def heading_of(
     cells: pd.DataFrame,  # stands_for, and instead where it is known
     name: str,            # the study's
 ) -> str:
-    """What of ours a group of rows is, and what could have stood there too."""
+    """What of ours a group of rows is, and in short what could have stood there too."""
     ours, *instead = (list(dict.fromkeys(part for text in cells[column].dropna() for part in text.split("; ") if part))
                       for column in ("stands_for", "instead") if column in cells)
     more = [part for parts in instead for part in parts if part not in ours]
+    more = dict.fromkeys(re.sub(r"( at width [\d.]+)?( \([^)]*\))?(?=,)", "", part, count=1) for part in more)
     return (f"{name}: ours is {'; '.join(ours)}" if ours else f"{name}: no run of ours") + (f". Not shown: {'; '.join(more)}" if more else "")
 
 
@@ -139,10 +141,10 @@ def our_rows(
 ) -> pd.DataFrame:  # KEY and run, stands_for, others, instead, ours, low, high, video, video_low, video_high, chosen
     """Our numbers for one table, under the study's names for backbones and test sets."""
     train_set, level = study["train_set"].iloc[0], study["compression"].iloc[0]
-    ours = results.assign(family=results["arch"].map(paper_arch), test_set=[
+    ours = results.assign(family=[paper_arch(arch) or arch for arch in results["arch"]], test_set=[
         SUBSETS.get(method) if method != "all" and dataset == "FaceForensics++" else DATASET_NAMES.get(dataset, dataset) if method == "all" else None
         for dataset, method in zip(results["dataset"], results["method"])])
-    ours = ours[ours["train_set"].replace(DATASET_NAMES).eq(train_set) & ours["train_compression"].isin(["c23", "own"]) & ours["family"].notna()
+    ours = ours[ours["train_set"].replace(DATASET_NAMES).eq(train_set) & ours["train_compression"].isin(["c23", "own"])
                 & ours["compression"].isin([level, "own"]) & ours["test_set"].isin(study["test_set"]) & ours["metric"].isin(study["metric"])]
     # A folder may hold the subset FF-DF itself and, of FaceForensics++, the method; they are the same frames.
     ours = ours.drop_duplicates(["run", "train_set", "stands_for", "test_set", "metric", "level", "threshold"])
@@ -162,13 +164,12 @@ def study_table(
     results: pd.DataFrame,  # of read_results
     table: str,             # a key of DETECTION_TABLES
 ) -> pd.DataFrame:  # table, arch (the study's), b, train_set, test_set, compression, metric, ours, low, high, study, note, run, stands_for, ..., agreement
-    """One of the study's detection tables, a cell a row: the study's rows, and after each backbone's those that only we have."""
+    """One of the study's detection tables, a cell a row: the study's backbones with its B and ours, then those that only we have."""
     study = study_rows(table)
     ours = our_rows(results, study)
     columns = study[["test_set", "metric"]].drop_duplicates()
     rows = pd.concat([study[["arch", "b"]], ours[["arch", "b"]]]).drop_duplicates()
-    order = {arch: place for place, arch in enumerate(study["arch"].unique())}
-    order |= {arch: len(order) for arch in rows["arch"] if arch not in order}
+    order = {arch: place for place, arch in enumerate(dict.fromkeys([*study["arch"], *sorted(rows["arch"])]))}
     rows = rows.assign(place=rows["arch"].map(order)).sort_values(["place", "b"], na_position="first", kind="stable").drop(columns="place")
     cells = rows.merge(columns, how="cross").assign(table=table, train_set=study["train_set"].iloc[0], compression=study["compression"].iloc[0])
     cells = cells.merge(ours, on=KEY, how="left").merge(study.rename(columns={"value": "study"})[[*KEY, "study", "note"]], on=KEY, how="left")
