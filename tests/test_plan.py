@@ -10,6 +10,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -170,7 +171,8 @@ def test_a_training_is_its_epochs(tmp_path):
     job = next(job for job in preset_jobs(preset, tmp_path, experiments=["train"]) if job.params["arch"] == "resnet34" and job.params["b"] == 2)
     work, (forward, parameters) = work_of(job), network_of(job.params)
     assert work.flops == 20 * (3600 * 32 * 3 + 700 * 32) * forward and work.frames == 4300 * 32 and not work.counted
-    assert work.disk["checkpoints"] == 4 * parameters and work.disk["optimiser state"] == 5 * 4 * parameters, "amsgrad keeps a third moment"
+    assert work.disk["checkpoints"] == work.disk["training states"] == 4 * parameters
+    assert work.passing == (2 * 5 - 1) * 4 * parameters, "amsgrad keeps a third moment; of two states, one network stays"
 
 
 def test_pairs_are_two_frames_for_each_fake(tmp_path):
@@ -249,6 +251,19 @@ def test_what_is_not_measured_is_said(tmp_path):
     plan = plan_grid(jobs, pace, 1)
     assert any("Not measured themselves" in note and "train of B-cos vitc_ti" in note for note in plan.notes())
     assert plan.pace.rates[("train", None, None)] == pytest.approx(2.5e12)
+
+
+def test_states_of_trainings_take_room_while_they_run(tmp_path):
+    """One at a time, the largest; all at once, their sum; none, nothing."""
+    jobs, pace = preset_jobs(load_preset("demo"), tmp_path, experiments=["train"]), stated_pace(10)
+    each = [work.passing for work in grid_work(jobs)]
+    assert plan_grid(jobs, pace, 1).passing == max(each) and plan_grid(jobs, pace, len(jobs)).passing == sum(each)
+    assert "while trainings run" in str(plan_grid(jobs, pace, 2))
+    for job in jobs:
+        job.run_dir.mkdir(parents=True)
+        write_json(job.run_dir / "metrics.json", {})
+    played = plan_grid(preset_jobs(load_preset("demo"), tmp_path), pace, 2)
+    assert played.complete == len(jobs) < len(played.table) and played.passing == 0 and "while trainings run" not in str(played)
 
 
 def test_data_bench_is_the_last_resort():
@@ -387,7 +402,7 @@ def test_a_rate_follows_from_what_a_network_does_elsewhere():
 
 
 def test_backbones_are_predicted_within_a_factor_of_three_without_a_run_of_theirs():
-    """Each backbone's runs in data/bench from those of the others alone; operations alone are wrong by more than five."""
+    """Each backbone's runs in data/bench from those of the others alone, all but one in thirty; half of them within a third; operations alone are further off."""
     done = plans.bench_runs()
     assert {"densenet121", "convnext_tiny", "vgg16"} <= {work.arch for work, _ in done}
 
@@ -397,13 +412,13 @@ def test_backbones_are_predicted_within_a_factor_of_three_without_a_run_of_their
             pace = Pace(plans.rates_of([one for one in works if one[0].arch != arch]), "", weighed=True)
             yield from (pace.seconds(work) / seconds for work, seconds in works if work.arch == arch)
 
-    weighed, plain = list(ratios(True)), list(ratios(False))
-    assert 1 / 3 < min(weighed) and max(weighed) < 2 and min(plain) < 1 / 5
+    weighed, plain = (np.exp(np.abs(np.log(list(ratios(weigh))))) for weigh in (True, False))
+    assert np.median(weighed) < 1.3 and np.mean(weighed < 3) > 0.97 and np.median(weighed) < np.median(plain)
 
 
 @pytest.mark.parametrize("grid", ["mini", "study"])
 def test_every_run_of_a_grid_has_an_estimate(grid, tmp_path, monkeypatch):
-    """Searches, guided trainings, FFHQ and all: on a machine that has neither runs nor data."""
+    """Searches, guided trainings, FFHQ and all: on a machine that has neither runs nor data. All of mini has been run."""
     from bcos_nb.batch.status import estimates, grid_states, known_runs, outlook
 
     monkeypatch.chdir(tmp_path)
@@ -411,11 +426,11 @@ def test_every_run_of_a_grid_has_an_estimate(grid, tmp_path, monkeypatch):
     found = estimates(jobs, known_runs(tmp_path / "runs"), jobs)
     assert all(seconds and seconds > 10 for seconds, _ in found) and {source for _, source in found} <= {"data/bench", "counted"}
     left = outlook(jobs, grid_states(jobs), known_runs(tmp_path / "runs"), 2)
-    assert left.sources[""] == 0 and "by counting operations" in str(left) and left.seconds >= sum(seconds for seconds, _ in found) / 2 - 1
+    assert left.sources[""] == 0 and (left.sources["counted"] > 0) == (grid == "study") == ("by counting operations" in str(left)) and left.seconds >= sum(seconds for seconds, _ in found) / 2 - 1
     if grid == "mini":
         of = {job.label: seconds for job, (seconds, _) in zip(jobs, found)}
         games = lambda arch: next(seconds for label, seconds in of.items() if label.startswith(f"mask_game/{arch}-b2-"))
-        assert games("densenet121") > 3 * games("resnet34") and games("convnext_tiny") > 3 * games("resnet34")
+        assert games("densenet121") > 1.5 * games("resnet34") and games("convnext_tiny") > 1.5 * games("resnet34")
         guided, free = ([seconds for job, (seconds, _) in zip(jobs, found) if job.notebook.stem == "train" and job.params["arch"] == "resnet10" and bool(job.params["training"].get("guidance")) == one]
                         for one in (True, False))
         assert len(guided) == 2 and min(guided) > 1.5 * max(free)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MOVED', 'CALLED', 'VIDEOS', 'PASSES', 'GUIDED', 'SEARCHED', 'DEPARTURE_STEPS', 'EXAMPLES', 'BYTES_A_ROW', 'NOTEBOOK',
-           'START', 'FIGURES', 'DECODING', 'EXPERIMENT_COLOURS', 'simulate', 'shortest', 'count_network', 'count_anew',
-           'counted_before', 'record_networks', 'known_networks', 'network_key', 'network_of', 'counted_network',
-           'count_frames', 'forged_frames', 'count_labels', 'Work', 'explaining', 'work_of', 'searched', 'search_forms',
-           'trained_by', 'grid_work', 'Pace', 'with_means', 'stated_pace', 'rates_of', 'measured_pace', 'calibrate',
-           'timed', 'time_decoding', 'bench_pace', 'bench_runs', 'bench_backbones', 'counted_seconds',
-           'bench_runs_from', 'hindsight', 'Plan', 'plan_grid', 'long_clock', 'size', 'by_experiment', 'gantt',
-           'write_plan']
+           'TESTED', 'START', 'FIGURES', 'DECODING', 'EXPERIMENT_COLOURS', 'simulate', 'shortest', 'count_network',
+           'count_anew', 'counted_before', 'record_networks', 'known_networks', 'network_key', 'network_of',
+           'counted_network', 'count_frames', 'forged_frames', 'count_labels', 'Work', 'explaining', 'work_of',
+           'searched', 'search_forms', 'trained_by', 'grid_work', 'Pace', 'with_means', 'stated_pace', 'rates_of',
+           'measured_pace', 'calibrate', 'timed', 'time_decoding', 'bench_pace', 'bench_runs', 'bench_backbones',
+           'counted_seconds', 'bench_runs_from', 'hindsight', 'Plan', 'plan_grid', 'long_clock', 'size',
+           'by_experiment', 'gantt', 'write_plan']
 
 # %% ../../nbs/batch/plan.ipynb #8fcac3d3
 import csv
@@ -259,7 +259,8 @@ GUIDED = 2.4     # a guided training step over one that is not: its gradient is 
 SEARCHED = 0.75  # share of a search's epochs that Hyperband lets happen; data/bench/search.csv: 0.73 to 0.91 of 6
 DEPARTURE_STEPS = {"grid": 18, "noise": 5, "compression": 7, "resolution": 6, "scale": 5}  # images' worth of pixels over all steps
 EXAMPLES = {"mask_game": 112.0, "grid_game": 30.0}  # bytes a pixel, with six explainers; runs of the grid mini
-BYTES_A_ROW, NOTEBOOK = 5, {"train": 60e3, "search": 200e3, "detect": 1.5e6, "mask_game": 750e3, "grid_game": 650e3}  # as they were in runs of the grid mini
+BYTES_A_ROW, NOTEBOOK = 5, {"train": 60e3, "search": 200e3, "detect": 150e3, "mask_game": 750e3, "grid_game": 650e3}  # as they were in runs of the grid mini
+TESTED = 180e3  # bytes more in a notebook for each set that it tests on
 
 
 @dataclass
@@ -270,9 +271,10 @@ class Work:
     bcos: bool
     flops: float                 # of its networks
     frames: int                  # pictures that it decodes
-    disk: dict[str, float]       # bytes: checkpoint, optimiser state, scores, notebook
+    disk: dict[str, float]       # bytes that it leaves: checkpoint, state of the training, scores, notebook
     counted: bool = True         # whether all its datasets were counted, none taken from VIDEOS
     weight: float = 1.0          # of its operations, with reading, writing and calls; `count_network`
+    passing: float = 0.0         # bytes that it needs beside these while it runs
 
 
 def explaining(
@@ -294,7 +296,7 @@ def work_of(
         raise ValueError(f"{job.notebook} is none of the experiments {', '.join(NOTEBOOK)}, so its work cannot be counted. Plan a grid of these.")
     learnt = {"train": lambda: params, "search": lambda: searched(params)}.get(kind, lambda: trained_by(job, trainings))()
     bcos, (forward, parameters, whole) = learnt.get("b") is not None, counted_network(learnt, params["image_size"])
-    counted, decoded, disk = [], 0, {"notebooks": NOTEBOOK[kind]}
+    counted, decoded, disk, passing = [], 0, {"notebooks": NOTEBOOK[kind]}, 0.0
 
     def frames(split, dataset=params["dataset"], compression=params.get("compression"), root=params["data"]):
         real, fake, known = count_frames(str(root), dataset, split, compression, int(params["frames_per_video"]))
@@ -309,15 +311,16 @@ def work_of(
         epochs = settings.get("epochs", 8) if kind == "train" else SEARCHED * params["trials"] * params["epochs"]
         flops, decoded = epochs * (epoch * step + sum(frames("val")) * forward), real + fake + sum(frames("val"))
         copies = 4 + bool(settings.get("amsgrad")) + bool(settings.get("ema"))  # weights, the best ones, Adam's moments
-        count = 1 if kind == "train" else params["trials"]
-        disk |= {"checkpoints": 4.0 * parameters * count, "optimiser state": 4.0 * parameters * copies}  # a search keeps that of the trial that runs
+        passing = 4.0 * parameters * (2 * copies - (kind == "train"))  # a state is written beside the one before it
+        # What a finished training keeps of its state is the best network, a search of its trials nothing.
+        disk |= {"checkpoints": 4.0 * parameters, "training states": 4.0 * parameters} if kind == "train" else {"checkpoints": 4.0 * parameters * params["trials"]}
     elif kind == "detect":
         tests = [{"compression": compression} for compression in params["compressions"]]
         tests += [{"root": entry.get("data", params["data"]), "dataset": entry["dataset"], "compression": entry.get("compression")} for entry in params.get("test_sets") or []]
         sizes = [sum(frames("test", **test)) for test in tests]
         decoded = sum(sizes) + sum(frames("val", compression=learnt.get("compression")))
         flops = forward * (decoded + (sizes[0] if bcos else 0))  # W(x) on the first
-        disk["scores"] = 20.0 * decoded
+        disk["scores"], disk["notebooks"] = 20.0 * decoded, NOTEBOOK[kind] + TESTED * len(tests)
     else:
         everything, few = explaining(params["explainers"], params.get("options") or {}, bcos)
         networks = bool(params.get("random_weights")) + bool(params.get("shuffled"))
@@ -335,7 +338,7 @@ def work_of(
         rows = samples * maps * len(params["thresholds"]) * len(params["measures"])
         pixels = params["image_size"] ** 2 * (1 if kind == "mask_game" else params["n"] ** 2)
         disk |= {"scores": float(BYTES_A_ROW * rows), "examples": EXAMPLES[kind] * pixels * (len(params["explainers"]) + 2) / 8}
-    return Work(kind, learnt["arch"], bcos, float(flops), int(decoded), disk, all(counted), whole / forward if forward else 1.0)
+    return Work(kind, learnt["arch"], bcos, float(flops), int(decoded), disk, all(counted), whole / forward if forward else 1.0, passing)
 
 
 def searched(
@@ -644,7 +647,7 @@ def hindsight(
 @dataclass
 class Plan:
     """A grid's runs in time."""
-    table: "pandas.DataFrame"  # run, experiment, arch, b, slot, start, end (seconds), seconds, flops, bytes, and what these are
+    table: "pandas.DataFrame"  # run, experiment, arch, b, slot, start, end (seconds), seconds, flops, bytes, passing (bytes while it runs), and what the bytes are
     slots: int
     least: float               # seconds that no schedule goes below
     complete: int              # runs that need nothing
@@ -666,10 +669,17 @@ class Plan:
         """GPU-hours: of the runs, whether their slot waits or not."""
         return float(self.table["seconds"].sum()) / 3600
 
+    @property
+    def passing(self) -> float:
+        """Bytes that the states of trainings take at most at one time, beyond what they leave."""
+        at_once = lambda start: self.table.loc[(self.table["start"] <= start) & (self.table["end"] > start), "passing"].sum()
+        return float(max(map(at_once, self.table["start"]), default=0))
+
     def __str__(self) -> str:
         disk = sum(self.table["bytes"]) if len(self.table) else 0
         busy = self.slot_hours * 3600 / (self.slots * self.seconds) if self.seconds else 1
-        return (f"{len(self.table)} runs on {self.slots} {self.unit}{'s' * (self.slots > 1)}: {long_clock(self.seconds)}, {self.slot_hours:,.4g} {self.unit}-hours, {size(disk)} on the disk; "
+        more = f" (and {size(self.passing)} while trainings run)" if self.passing else ""
+        return (f"{len(self.table)} runs on {self.slots} {self.unit}{'s' * (self.slots > 1)}: {long_clock(self.seconds)}, {self.slot_hours:,.4g} {self.unit}-hours, {size(disk)} on the disk{more}; "
                 f"{busy:.0%} of the {self.unit}s' time is used, and no order could be faster than {long_clock(self.least)}."
                 + (f" {self.complete} more are complete already." if self.complete else ""))
 
@@ -701,10 +711,10 @@ def plan_grid(
     after = [[place[folder] for folder in job.after if folder in place] for job, _ in todo]
     rows = [
         {"run": job.label, "experiment": work.experiment, "arch": work.arch, "b": job.params.get("b"), "slot": slot, "start": start, "end": end, "seconds": end - start,
-         "flops": work.flops, "bytes": sum(work.disk.values()), **work.disk}
+         "flops": work.flops, "bytes": sum(work.disk.values()), "passing": work.passing, **work.disk}
         for (job, work), (slot, start, end) in zip(todo, simulate(seconds, after, slots))
     ]
-    columns = ["run", "experiment", "arch", "b", "slot", "start", "end", "seconds", "flops", "bytes"]
+    columns = ["run", "experiment", "arch", "b", "slot", "start", "end", "seconds", "flops", "bytes", "passing"]
     return Plan(pd.DataFrame(rows, columns=None if rows else columns), slots, shortest(seconds, after, slots), len(jobs) - len(todo), pace, all(work.counted for work in works))
 
 
@@ -726,7 +736,7 @@ def by_experiment(plan: Plan) -> "pandas.DataFrame":  # a row for each experimen
     import pandas as pd
 
     groups = [*plan.table.groupby("experiment", sort=False), ("all", plan.table)]
-    kinds = [kind for kind in ("checkpoints", "optimiser state", "scores", "examples", "notebooks") if kind in plan.table]
+    kinds = [kind for kind in ("checkpoints", "training states", "scores", "examples", "notebooks") if kind in plan.table]
     rows = [{"experiment": name, "runs": len(some), f"{plan.unit}-hours": some["seconds"].sum() / 3600, "longest, hours": some["seconds"].max() / 3600, "PFLOP": some["flops"].sum() / 1e15,
              **{f"{kind}, MB": some[kind].sum() / 1e6 for kind in kinds}} for name, some in groups]
     return pd.DataFrame(rows).set_index("experiment")
