@@ -226,17 +226,37 @@ def test_latex_puts_parts_below_each_other_where_the_page_ends():
         assert r"{\textit{ResNet-34}} \\" in text and text.index(r"\bottomrule") < text.index(r"at width 0.25 (max\_out 1)")
 
 
+def long_table(columns, rows):
+    cells = [Cell(0.51, 0.4, 0.6, 0.55) for _ in range(columns)]
+    groups = [(f"Network {k}: ours is at width 0.25 (max_out 1), 128 px, {k} epochs", [(f"row {k}.{row}", cells) for row in range(count)]) for k, count in enumerate(rows)]
+    return Table(f"table_long_{columns}", "", "As long as it gets", [f"column {k}" for k in range(columns)], groups)
+
+
+@pytest.mark.parametrize("columns, rows", [(2, [5, 5]), (2, [10] * 28), (6, [1, 130, 3]), (18, [10] * 7), (2, [])])
+def test_latex_goes_on_on_the_next_page(columns, rows):
+    """Every row once and in order, no group cut that a page can hold, one number and one label for all of it."""
+    text = table_latex(long_table(columns, rows))
+    floats = text.split(r"\begin{table")[1:]
+    assert re.findall(r"(?m)^row (\d+\.\d+) ", text) == [f"{k}.{row}" for k, count in enumerate(rows) for row in range(count)]
+    assert len(floats) == text.count(r"\caption{") == 1 + text.count(r"\addtocounter{table}{-1}") and text.count(r"\label{") == 1 and r"\label{" in floats[0]
+    assert (len(floats) == 1) == (sum(rows) < 20)
+    height = 3 if columns == 18 else 1
+    for one in floats:
+        held = [int(k) for k in re.findall(r"(?m)^row (\d+)\.", one)]
+        assert height * len(held) + 2 * len(set(held)) <= 52 and all(held.count(k) == rows[k] or rows[k] * height > 50 for k in held)
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
 def test_latex_compiles_and_fits(tmp_path):
-    """In a document of two columns, with whatever letters: no error, no line that is too wide."""
+    """In a document of two columns, with whatever letters: no error, no line that is too wide, no table that is too long."""
     import subprocess
 
     odd = Table("table_odd", "", "β₁ ↑ ↓ – — ’ “ ” ≈ ▲ ▼ é 漢 ☃", ["±", "≤ ☃"], [("γ: 漢", [("ε", [Cell(0.5, 0.4, 0.6, 0.55), Cell("漢 %")])])])
-    tables = [some_table(), odd, *map(wide_table, (2, 4, 6, 9, 18))]
+    tables = [some_table(), odd, *map(wide_table, (2, 4, 6, 9, 18)), long_table(2, [10] * 28), long_table(6, [1, 130, 3]), long_table(18, [10] * 7)]
     text = "\\documentclass[twocolumn]{article}\\usepackage{booktabs,graphicx,xcolor}\\begin{document}" + "\\clearpage".join(map(table_latex, tables)) + "\\end{document}"
     (tmp_path / "a.tex").write_text(text, encoding="utf-8")
     done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "a.tex"], cwd=tmp_path, capture_output=True, text=True, errors="replace")
-    assert done.returncode == 0 and "Overfull" not in done.stdout, done.stdout[-2000:]
+    assert done.returncode == 0 and "Overfull" not in done.stdout and "too large for page" not in done.stdout, done.stdout[-2000:]
 
 
 def test_agreement():

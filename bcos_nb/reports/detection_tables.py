@@ -226,7 +226,7 @@ def table_caption(
     text = DETECTION_TABLES[number][0].upper() + DETECTION_TABLES[number][1:] + (f"; {METRICS[metrics.pop()]}" if len(metrics) == 1 else "")
     lacking = cells.groupby(["arch", "b"], dropna=False)["ours"].apply(lambda ours: ours.isna().all()).sum()
     more = cells["others"].max() > 0
-    return text + "." + (f" {lacking} of its rows have no run." if lacking else "") + (" Where several runs could stand in a row, as smaller networks or guided trainings, one is shown; the others are counted, and named above the rows." if more else "")
+    return text + "." + (f" {lacking} of its rows have no run." if lacking else "") + (" Where several runs could stand in a row, as smaller networks or guided trainings, one is shown; the others are counted, and named where the backbone is described." if more else "")
 
 
 def all_tables(
