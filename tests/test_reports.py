@@ -16,7 +16,7 @@ from bcos_nb.reports import (
 from bcos_nb.reports.figures import DARK_GROUND, EXPLAINER_COLOURS, contrast
 from bcos_nb.reports.formats import latex_text
 from bcos_nb.reports.page import PLOTLY_MIME, loads_from_network, write_pictures
-from bcos_nb.reports.report_parts import Report, compression_sentence, detection_sentence, short_tables
+from bcos_nb.reports.report_parts import Report, compression_sentence, detection_sentence, named_detectors, short_tables
 from bcos_nb.reports.setting_tables import dataset_rows, guidance_rows, setting_table
 from bcos_nb.reports.tables import command_for
 from invented_runs import METHODS, invent_games, invent_runs
@@ -257,6 +257,16 @@ def test_latex_compiles_and_fits(tmp_path):
     (tmp_path / "a.tex").write_text(text, encoding="utf-8")
     done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "a.tex"], cwd=tmp_path, capture_output=True, text=True, errors="replace")
     assert done.returncode == 0 and "Overfull" not in done.stdout and "too large for page" not in done.stdout, done.stdout[-2000:]
+
+
+@pytest.mark.parametrize("detectors, said", [
+    ([("resnet34", math.nan)], "ResNet-34 (ordinary)"),
+    ([("resnet34", 2.0), ("resnet34", math.nan), ("resnet34", 1.25), ("resnet34", 2.0)], "ResNet-34 (ordinary, B = 1.25, 2)"),
+    ([(arch, b) for arch in ("vgg16", "resnet34", "xception") for b in (math.nan, 2.5)] + [("resnet10", 2.0)], "VGG-16, ResNet-34 and Xception (ordinary, B = 2.5); ResNet-10 (B = 2)"),
+    ([("vgg16", 1.0), ("resnet34", 1.0)], "VGG-16 and ResNet-34 (B = 1)"),
+])
+def test_detectors_in_a_line(detectors, said):
+    assert named_detectors(detectors) == said
 
 
 def test_agreement():
